@@ -1,0 +1,155 @@
+"""Join a Ray cluster or start a local one; know what it has before asking for it."""
+
+import os
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlparse
+
+from pydantic import Field
+
+from cluster.errors import ClusterError
+from cluster.settings import Settings
+
+AuthMode = Literal["disabled", "token"]
+CONNECT_TIMEOUT_S = 10.0
+
+
+class ClusterSettings(Settings):
+    """Which Ray cluster to use. Every role says in its own section how many actors it wants, and of what size."""
+
+    address: str | None = None
+    """`auto` or host:port of a running cluster; left out, a running job's cluster is joined, else one is started here."""
+    num_cpus: int | None = Field(None, ge=1)
+    """CPUs of a cluster started here; all of the machine's if left out. Ignored when joining."""
+    object_store_memory: int = Field(1 << 30, ge=80_000_000)
+    """Bytes of shared memory for objects of a cluster started here. Ignored when joining."""
+
+
+class ActorResources(Settings):
+    """What one actor reserves in Ray."""
+
+    cpus: float = Field(0.5, ge=0)
+    """CPU cores reserved; it may use more threads than this when the others are idle."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs reserved."""
+    threads: int = Field(2, ge=1)
+    """CPU threads its numerical libraries use."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """One kind of actor in the plan of a run."""
+
+    name: str
+    count: int
+    resources: ActorResources
+
+
+def environment_variables() -> dict[str, str]:
+    """What every process of a run must see: no usage reports, quiet libraries, a deliberate auth mode."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def connect(settings: ClusterSettings) -> None:
+    """Join the cluster at `settings.address`, the one a job runs in, or start one on this machine's loopback.
+
+    A cluster started here has no dashboard and listens on loopback only, so it needs no token; one that is
+    joined keeps its own auth mode, taken from RAY_AUTH_MODE.
+
+    Raises:
+        ClusterError: nothing answers at the address within `CONNECT_TIMEOUT_S`.
+    """
+    os.environ.update(environment_variables())
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    runtime_env = {"env_vars": environment_variables()}
+    if address is None:
+        ray.init(
+            num_cpus=settings.num_cpus,
+            object_store_memory=settings.object_store_memory,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env=runtime_env,
+            _node_ip_address="127.0.0.1",
+        )
+        return
+    if ":" in address:
+        _check_reachable(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=runtime_env)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"cluster.address: no Ray cluster at {address!r} ({_first_line(error)}); start one with `ray start --head` "
+            f"or leave cluster.address out to start one for this run"
+        ) from error
+
+
+def in_job() -> bool:
+    """Whether this process is the entry point of a `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def check_room(roles: list[Role]) -> None:
+    """Raise at once, rather than wait for ever, if the cluster can never place the roles together.
+
+    Raises:
+        ClusterError: says what was asked for and what there is.
+    """
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    asked = {
+        "CPU": sum(role.count * role.resources.cpus for role in roles),
+        "GPU": sum(role.count * role.resources.gpus for role in roles),
+    }
+    for kind, amount in asked.items():
+        if amount > free.get(kind, 0) + 1e-9:
+            plan = ", ".join(
+                f"{role.count} {role.name} x {getattr(role.resources, kind.lower() + 's'):g}" for role in roles
+            )
+            raise ClusterError(
+                f"the run asks for {amount:g} {kind} ({plan}), but the cluster has {free.get(kind, 0):g} of "
+                f"{total.get(kind, 0):g} {kind} free: free some, add nodes, or lower the roles' count or {kind.lower()}s"
+            )
+
+
+def log_to_file(path: Path) -> None:
+    """Send everything this process prints, its C libraries included, to a file; the console stays readable."""
+    with suppress(OSError):  # another node may not share the folder; then Ray's own log files have the output
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+
+
+def _check_reachable(address: str) -> None:
+    parsed = urlparse(address if "//" in address else f"//{address}")
+    try:
+        with socket.create_connection((parsed.hostname or "", parsed.port or 6379), timeout=CONNECT_TIMEOUT_S):
+            return
+    except OSError as error:
+        raise ClusterError(
+            f"cluster.address: nothing answers at {address} ({error}); check the address and that the cluster is up"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,31 @@
+"""The errors a person can mend, each with the exit code that `raylign` ends with."""
+
+
+class RaylignError(Exception):
+    """A problem described in one sentence: what, where, and how to mend it."""
+
+    exit_code = 1
+
+
+class ConfigError(RaylignError):
+    """The configuration is wrong or impossible."""
+
+    exit_code = 3
+
+
+class DataError(RaylignError):
+    """A prompt, image, model folder or run folder is missing or unusable."""
+
+    exit_code = 4
+
+
+class ClusterError(RaylignError):
+    """Ray cannot be reached, or has not the resources that were asked for."""
+
+    exit_code = 5
+
+
+class WeightSyncError(RaylignError):
+    """An engine does not hold the weights it was given."""
+
+    exit_code = 6

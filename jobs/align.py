@@ -1,0 +1,262 @@
+"""`raylign align CONFIG [key=value …]`: the main job. Starts both halves of the loop, shows what happens, sums up."""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.connect import check_room, connect
+from cluster.errors import DataError, RaylignError
+from jobs.cli import EXIT_CODES, run
+from jobs.config import describe_fields, dump_config, load_config
+from jobs.console import Console
+from jobs.paths import run_address
+from rl.config import AlignConfig
+from rl.policy import resolve_model
+from rl.store import RunFolder
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+STOP_TIMEOUT_S = 600.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse the command line and align; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="raylign align",
+        description="Align a model online: sample, judge, pair, score, update, publish.",
+        epilog="fields of the config:\n" + "\n".join(describe_fields(AlignConfig)) + "\n\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, for example jobs/configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the config")
+    parser.add_argument("--dry-run", action="store_true", help="print config, actors and outputs, then stop")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
+    start.add_argument("--overwrite", action="store_true", help="replace the run in run.dir")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(AlignConfig, options.config, options.overrides)
+    if options.dry_run:
+        print(plan(config))
+        return 0
+    return align(config, resume=options.resume, overwrite=options.overwrite)
+
+
+def plan(config: AlignConfig) -> str:
+    """What a run with this config would start and write."""
+    address = run_address(config.run.dir)
+    roles = [
+        f"  {role.count} x {role.name}: {role.resources.cpus:g} CPU, {role.resources.gpus:g} GPU, "
+        f"{role.resources.threads} threads each"
+        for role in config.roles
+    ]
+    writes = [
+        ("config.yaml", "the config above"),
+        ("metrics.jsonl, tensorboard/", f"a row for each of {config.loop.steps} steps"),
+        ("pairs/", "one Parquet file per step"),
+        ("evaluations/", f"every {config.loop.eval_every} steps and at both ends"),
+        ("checkpoints/", f"every {config.loop.checkpoint_every} steps, the newest {config.loop.checkpoints_kept} kept"),
+        ("model/", "a PEFT adapter" if config.policy.lora else "a Hugging Face model folder"),
+        ("summary.json, report.html, logs/", "results to read"),
+    ]
+    return "\n".join(
+        [
+            dump_config(config),
+            f"model: {resolve_model(config.policy.model)}",
+            "actors:",
+            *roles,
+            f"written to {address}:",
+            *(f"  {name:34}{text}" for name, text in writes),
+        ]
+    )
+
+
+def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
+    """Run the loop to its end, or until it is stopped; returns the exit code."""
+    console = Console()
+    began = time.time()
+    model = resolve_model(config.policy.model)
+    folder = RunFolder(run_address(config.run.dir))
+    folder.create(overwrite, resume)
+    folder.write_text("config.yaml", dump_config(config))
+    folder.write_json("status.json", {"state": "running", "pid": os.getpid()})
+    console.say(f"run folder {folder.address}, seed {config.seed}, {config.loop.steps} steps")
+    state = "failed"
+    try:
+        connect(config.cluster)
+        check_room(config.roles)
+        first_step = 1
+        if resume:
+            first_step = _resume_step(folder) + 1
+            folder.keep_rows("metrics.jsonl", first_step - 1)
+            console.say(f"resuming after step {first_step - 1}")
+        state = _Run(config, model, folder, first_step, console, began).to_the_end()
+    finally:
+        folder.write_json("status.json", {"state": state})
+    return 130 if state == "stopped" else 0
+
+
+class _Run:
+    """One run from the driver's side: starts both halves, watches them, stops them, sums up."""
+
+    def __init__(
+        self, config: AlignConfig, model: str, folder: RunFolder, first_step: int, console: Console, began: float
+    ):
+        import ray
+
+        from rl.loop import SamplingHalf
+
+        self._config, self._model, self._folder, self._console, self._began = config, model, folder, console, began
+        logs = Path(folder.path("logs")) if folder.is_local else Path(tempfile.gettempdir()) / "raylign-logs"
+        self._logs = str(logs)
+        self._first_step = first_step
+        self._stop_requested = threading.Event()
+        actor: Any = ray.remote(SamplingHalf).options(num_cpus=0, max_concurrency=1000)
+        self._sampler: ActorHandle = actor.remote(config, model, folder.address, self._logs, first_step)
+        self._failure: BaseException | None = None
+
+    def to_the_end(self) -> str:
+        """Returns finished or stopped; raises what broke either half."""
+        import ray
+
+        with _signals(self._request_stop):
+            learner = threading.Thread(target=self._learn, daemon=True)
+            learner.start()
+            start, loop = self._sampler.start.remote(), self._sampler.run.remote()
+            self._watch(learner, [start, loop])
+            results = self._unwrapped(lambda: ray.get(self._sampler.finish.remote(), timeout=STOP_TIMEOUT_S))
+            self._show_events()
+        state = "stopped" if results["version"] < self._config.loop.steps else "finished"
+        self._summarise(results, state)
+        return state
+
+    def _learn(self) -> None:
+        """The learning half, under Ray Train; runs in a thread of the driver, for `fit` blocks."""
+        from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        from rl.learner import LearnerTask, learn
+
+        learner = self._config.learner
+        on_gpu = learner.resources.gpus > 0
+        resources = {"CPU": learner.resources.cpus} | ({"GPU": learner.resources.gpus} if on_gpu else {})
+        task = LearnerTask(self._config, self._model, self._folder.address, self._logs, self._sampler)
+        trainer = TorchTrainer(
+            learn,
+            train_loop_config=task,  # type: ignore[arg-type]
+            scaling_config=ScalingConfig(num_workers=learner.workers, use_gpu=on_gpu, resources_per_worker=resources),
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            run_config=RunConfig(
+                name="checkpoints",
+                storage_path=self._folder.address,
+                checkpoint_config=CheckpointConfig(num_to_keep=self._config.loop.checkpoints_kept),
+            ),
+        )
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._failure = error
+
+    def _watch(self, learner: threading.Thread, halves: list[Any]) -> None:
+        import ray
+
+        self._seen = 0
+        asked = False
+        while learner.is_alive():
+            if self._stop_requested.is_set() and not asked:
+                asked = True
+                self._console.say("stopping: the learner finishes its step, then saves (Ctrl-C again to abort)")
+                self._unwrapped(lambda: ray.get(self._sampler.stop.remote(), timeout=STOP_TIMEOUT_S))
+            self._show_events()
+            done, halves = ray.wait(halves, num_returns=len(halves), timeout=0) if halves else ([], [])
+            for half in done:
+                self._unwrapped(lambda half=half: ray.get(half))
+        if self._failure is not None:
+            raise _root_cause(self._failure)
+
+    def _show_events(self) -> None:
+        import ray
+
+        for event in self._unwrapped(lambda: ray.get(self._sampler.events.remote(self._seen), timeout=60)):
+            self._seen += 1
+            self._console.show(event, self._config.loop.steps)
+
+    def _request_stop(self) -> None:
+        if self._stop_requested.is_set():
+            raise KeyboardInterrupt
+        self._stop_requested.set()
+
+    def _summarise(self, results: dict[str, Any], state: str) -> None:
+        from rl.report import write_report
+        from rl.summary import summarise
+
+        summary = summarise(self._config, self._folder, results, time.time() - self._began)
+        self._folder.write_json("summary.json", summary)
+        write_report(self._folder)
+        self._console.summary(summary, self._folder, state)
+
+    @staticmethod
+    def _unwrapped(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            raise _root_cause(error) from None
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error of ours inside what Ray wrapped around it, if there is one."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        current = queue.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, RaylignError) and type(current) in RaylignError.__subclasses__():
+            return current
+        queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
+        queue += list(getattr(current, "worker_failures", {}).values())
+    return error
+
+
+def _resume_step(folder: RunFolder) -> int:
+    """The step of the newest checkpoint."""
+    import pyarrow.fs as pyfs  # noqa: F401  (Ray reads the same storage through it)
+    from ray.train import Result
+
+    try:
+        result = Result.from_path(folder.url("checkpoints"))
+    except Exception as error:
+        raise DataError(
+            f"run.dir: {folder.address} has no checkpoint to resume from; start anew with --overwrite"
+        ) from error
+    return int((result.metrics or {}).get("version", 0))
+
+
+class _signals:
+    """Ctrl-C and `ray job stop` ask the run to stop, while the block lasts."""
+
+    def __init__(self, ask: Callable[[], None]):
+        self._ask = ask
+
+    def __enter__(self) -> None:
+        self._before = {}
+        with suppress(ValueError):  # not in the main thread: nobody to signal
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, lambda *_: self._ask())
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

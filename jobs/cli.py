@@ -1,0 +1,60 @@
+"""The `raylign` command: one sub-command per job."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from cluster.errors import RaylignError
+
+EXIT_CODES = """exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 config, 4 data, 5 cluster, 6 weight sync,
+130 stopped by Ctrl-C (what was done is saved)"""
+
+JOBS = {
+    "align": "align a model to preferences, online",
+    "sft": "train a model on given answers",
+    "serve": "serve the base and the aligned model of a run to OpenAI clients",
+    "report": "write report.html of a run anew",
+    "doctor": "check what this machine has and lacks",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job that the first argument names; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="raylign",
+        description="Online preference alignment of multimodal language models on a Ray cluster.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="JOB", dest="job", required=True)
+    for name, text in JOBS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    if not arguments or arguments[0] not in JOBS:
+        parser.parse_args(arguments)
+        return 2
+    import importlib
+
+    return run(importlib.import_module(f"jobs.{arguments[0]}").main, arguments[1:])
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def run(job: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a job; an error that a person can mend ends in its sentence and exit code, not in a traceback."""
+    try:
+        return job(arguments)
+    except RaylignError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

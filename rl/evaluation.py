@@ -1,0 +1,108 @@
+"""What an evaluation measures: judge scores, win rate against the base, and with ground truth CHAIR, POPE, language."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rl.types import Completion, Judgement, Prompt
+from rl.world.grading import hallucinated, is_correct, mentions, says_yes
+from rl.world.questions import LANGUAGE_TASKS, NEGATIVES
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out prompt with the policy's greedy answer and the verdict on it."""
+
+    prompt: Prompt
+    completion: Completion
+    judgement: Judgement
+
+
+def measure(answers: Sequence[Answer], base_scores: dict[str, float | None]) -> dict[str, float]:
+    """All metrics that the answers allow; rates are fractions. `base_scores` maps prompt id to the base's score.
+
+    Without ground truth in the prompts only `judge_score`, `win_rate` and `mean_length` are given.
+    """
+    by_kind: dict[str, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        by_kind[(answer.prompt.truth or {}).get("kind", "open")].append(answer)
+    scores = [answer.judgement.score for answer in answers if answer.judgement.score is not None]
+    metrics = {
+        "judge_score": fmean(scores) if scores else 0.0,
+        "win_rate": win_rate(answers, base_scores),
+        "mean_length": fmean(len(answer.completion.token_ids) for answer in answers),
+    }
+    if by_kind["describe"]:
+        metrics |= chair(by_kind["describe"])
+    if by_kind["presence"]:
+        metrics |= pope(by_kind["presence"])
+    for kind in ("count", "place"):
+        if by_kind[kind]:
+            metrics[f"{kind}_accuracy"] = _accuracy(by_kind[kind])
+    if language := [answer for task in LANGUAGE_TASKS for answer in by_kind[task]]:
+        metrics["language_accuracy"] = _accuracy(language)
+    return metrics
+
+
+def win_rate(answers: Sequence[Answer], base_scores: dict[str, float | None]) -> float:
+    """Share of prompts on which the judge scores the answer above the base's; a tie is half a win."""
+    wins = []
+    for answer in answers:
+        score, base = answer.judgement.score, base_scores.get(answer.prompt.id)
+        if score is not None and base is not None:
+            wins.append(1.0 if score > base else 0.5 if score == base else 0.0)
+    return fmean(wins) if wins else 0.5
+
+
+def chair(descriptions: Sequence[Answer]) -> dict[str, float]:
+    """CHAIR per sentence (here: per description) and per object, and object recall (Rohrbach et al. 2018)."""
+    named = invented = found = there = 0
+    with_invented = 0
+    length = 0
+    for answer in descriptions:
+        truth = answer.prompt.truth or {}
+        wrong = hallucinated(answer.completion.text, truth)
+        names = [mention.name for mention in mentions(answer.completion.text)]
+        present = {name for _, name in truth["objects"]}
+        named += len(names)
+        invented += len(wrong)
+        with_invented += bool(wrong)
+        found += len(present & set(names))
+        there += len(present)
+        length += len(answer.completion.token_ids)
+    return {
+        "chair_s": with_invented / len(descriptions),
+        "chair_i": invented / max(1, named),
+        "object_recall": found / there,
+        "description_length": length / len(descriptions),
+    }
+
+
+def pope(answers: Sequence[Answer]) -> dict[str, float]:
+    """POPE accuracy, precision, recall, F1 and share of yes, over all and per kind of negatives (Li et al. 2023)."""
+    metrics = _binary(answers, "pope")
+    for negatives in NEGATIVES:
+        part = [answer for answer in answers if (answer.prompt.truth or {})["negatives"] == negatives]
+        if part:
+            metrics |= _binary(part, f"pope_{negatives}")
+    return metrics
+
+
+def _binary(answers: Sequence[Answer], prefix: str) -> dict[str, float]:
+    said = [says_yes(answer.completion.text) for answer in answers]
+    true = [(answer.prompt.truth or {})["answer"] == "yes" for answer in answers]
+    hits = sum(s and t for s, t in zip(said, true, strict=True))
+    precision = hits / max(1, sum(said))
+    recall = hits / max(1, sum(true))
+    return {
+        f"{prefix}_accuracy": fmean(s == t for s, t in zip(said, true, strict=True)),
+        f"{prefix}_precision": precision,
+        f"{prefix}_recall": recall,
+        f"{prefix}_f1": 2 * precision * recall / max(1e-9, precision + recall),
+        f"{prefix}_yes": fmean(said),
+    }
+
+
+def _accuracy(answers: Sequence[Answer]) -> float:
+    return fmean(is_correct(answer.prompt.truth or {}, answer.completion.text) for answer in answers)

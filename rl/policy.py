@@ -1,0 +1,212 @@
+"""The model: how it is loaded, adapted and frozen, what its weights are called, how it is written."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from cluster.errors import DataError
+from cluster.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, ProcessorMixin
+
+Precision = Literal["float32", "bfloat16"]
+ADAPTER_NAME = "default"
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters through PEFT instead of training all weights."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    alpha: int = Field(32, ge=1)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters; 0 keeps the trainer equal to the sampler."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of the language model that get an adapter."""
+
+
+class PolicySettings(Settings):
+    """The model to align."""
+
+    model: str = "rl/world/base"
+    """A Hugging Face model folder or hub id in the public layout, for transformers and vLLM alike."""
+    precision: Precision = "float32"
+    """Of the policy in learner, reference and sampler; bfloat16 on GPUs."""
+    max_length: int = Field(256, ge=16)
+    """Tokens of prompt (image tokens included) and completion together; longer prompts are refused, never cut."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of all weights; leave out for full fine-tuning."""
+    freeze: tuple[Literal["vision_tower", "projector"], ...] = ("vision_tower",)
+    """Parts of the model that are not trained."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+def resolve_model(model: str) -> str:
+    """The model's folder as an absolute path, or the hub id as it is.
+
+    Raises:
+        DataError: it looks like a folder and is none, or the folder has no config.json.
+    """
+    path = Path(model).expanduser()
+    packaged = Path(__file__).resolve().parent.parent / model
+    path = path if path.exists() else packaged
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise DataError(f"policy.model: folder {path} has no config.json, so it is not a Hugging Face model folder")
+        return str(path.resolve())
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return model
+    raise DataError(
+        f"policy.model: folder {model} does not exist; give a model folder or a hub id such as llava-hf/llava-1.5-7b-hf"
+    )
+
+
+def load_processor(model: str) -> "ProcessorMixin":
+    """The model's processor, or for a text-only model its tokenizer."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(model)
+
+
+def load_model(model: str, precision: Precision) -> "PreTrainedModel":
+    """The model with its language head, on the CPU, dropout off.
+
+    Raises:
+        DataError: transformers cannot load the folder, or some of its weights are missing.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(model)
+    loader = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+    try:
+        loaded, report = loader.from_pretrained(model, dtype=getattr(torch, precision), output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"policy.model: {model} cannot be loaded ({str(error).splitlines()[0]})") from error
+    if report["missing_keys"]:
+        raise DataError(f"policy.model: {model} lacks the weights {sorted(report['missing_keys'])[:3]}")
+    return loaded.eval()
+
+
+def takes_images(config: Any) -> bool:
+    """Whether a model config describes a model with a vision tower."""
+    return hasattr(config, "vision_config")
+
+
+def adapt(model: "PreTrainedModel", settings: PolicySettings) -> "torch.nn.Module":
+    """Freeze parts, attach adapters and switch on checkpointing, as the settings say."""
+    for part in settings.freeze:
+        for name, parameter in model.named_parameters():
+            if part.removesuffix("_tower") in name:
+                parameter.requires_grad_(False)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    if settings.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    inside_language_model = rf".*language_model.*\.({'|'.join(settings.lora.target_modules)})"
+    has_tower = takes_images(model.config)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.lora.rank,
+            lora_alpha=settings.lora.alpha,
+            lora_dropout=settings.lora.dropout,
+            target_modules=inside_language_model if has_tower else list(settings.lora.target_modules),
+        ),
+    )
+
+
+def public_names(model: "PreTrainedModel") -> dict[str, str]:
+    """Map each in-memory parameter name to the name in public checkpoints, which vLLM expects too.
+
+    transformers 5 renames modules on load and, when it saves, undoes most but not all of it: a CLIP tower
+    loses its `vision_model` level. This is the one place that knows.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved_names = {}
+    for name in model.state_dict():
+        (saved,) = revert_weight_conversion(model, {name: torch.empty(0)})
+        saved_names[name] = saved
+    return {name: _restore_tower_level(saved) for name, saved in saved_names.items()}
+
+
+def _restore_tower_level(name: str) -> str:
+    tower = "vision_tower."
+    rest = name.removeprefix(tower)
+    if rest != name and rest.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")):
+        return f"{tower}vision_model.{rest}"
+    return name
+
+
+def check_public_names(names: Mapping[str, str], checkpoint_names: Iterable[str], tied: Iterable[str] = ()) -> None:
+    """Check, both ways, that every weight in memory has its partner in the checkpoint the sampler loaded.
+
+    `tied` holds in-memory names that a checkpoint may leave out because they copy another weight.
+
+    Raises:
+        DataError: a name on either side has no partner.
+    """
+    in_checkpoint = {name for name in checkpoint_names if not name.endswith("position_ids")}
+    homeless = sorted(name for memory, name in names.items() if name not in in_checkpoint and memory not in set(tied))
+    orphans = sorted(in_checkpoint - set(names.values()))
+    if homeless or orphans:
+        raise DataError(
+            f"policy.model: weights in memory without a partner in the checkpoint {homeless[:3]}, weights in the "
+            f"checkpoint without one in memory {orphans[:3]}; re-save the model in the public layout of its family"
+        )
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    """The weight names of a local safetensors checkpoint, read from its index or headers."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return list(json.loads(index.read_text())["weight_map"])
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names += list(file.keys())
+    return names
+
+
+def save_checkpoint(
+    model: "PreTrainedModel", weights: Mapping[str, "torch.Tensor"], processor: "ProcessorMixin", folder: Path
+) -> None:
+    """Write a plain Hugging Face folder in the public layout, which transformers and vLLM both load.
+
+    `weights` maps in-memory names to full tensors (a ZeRO-3 model holds only shards of its own).
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = public_names(model)
+    tensors = {names[name]: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def merge_adapter(base: str, adapter: Path, folder: Path, precision: Precision) -> Path:
+    """Write the base with a PEFT adapter merged into it to `folder`, unless it is there already; returns it."""
+    from peft import PeftModel
+
+    if not (folder / "config.json").is_file():
+        merged = PeftModel.from_pretrained(load_model(base, precision), str(adapter)).merge_and_unload()
+        save_checkpoint(merged, merged.state_dict(), load_processor(base), folder)
+    return folder

@@ -1,0 +1,37 @@
+"""From chat messages to the policy's tokens."""
+
+from typing import TYPE_CHECKING
+
+from rl.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+
+def prompt_token_ids(prompt: Prompt, processor: "ProcessorMixin", expand_images: bool) -> tuple[int, ...]:
+    """The prompt under the model's chat template, opened for the assistant's answer.
+
+    With `expand_images` each image placeholder is repeated once per image token, as the model wants it;
+    without, it stands once, as vLLM wants it.
+    """
+    text = processor.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    add_special_tokens = not text.startswith(tokenizer.bos_token or "\0")
+    if expand_images and prompt.images:
+        counts = image_token_counts(prompt, processor)
+        for count in counts:
+            text = text.replace(processor.image_token, "\0" * count, 1)
+        text = text.replace("\0", processor.image_token)
+    return tuple(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+
+
+def image_token_counts(prompt: Prompt, processor: "ProcessorMixin") -> list[int]:
+    """How many tokens each image of the prompt takes, from its size alone."""
+    sizes = [(image.height, image.width) for image in prompt.images]
+    return list(processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens) if sizes else []
+
+
+def expanded_length(prompt: Prompt, processor: "ProcessorMixin") -> int:
+    """Tokens of the prompt with its images, without decoding any."""
+    plain = len(prompt_token_ids(prompt, processor, expand_images=False))
+    return plain + sum(count - 1 for count in image_token_counts(prompt, processor))

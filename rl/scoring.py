@@ -1,0 +1,107 @@
+"""The one function that computes log-probs of completions, for policy and reference alike, seeing the images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from rl.images import CanonicalImage
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import ProcessorMixin
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class ScoredSequence:
+    """Tokens to score: a prompt with its image placeholders expanded, and a completion."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    images: tuple[CanonicalImage, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+
+class Batch(NamedTuple):
+    """Right-padded sequences. `labels` is the token id at completion positions and `IGNORED` elsewhere."""
+
+    input_ids: "Tensor"  # [batch, length]
+    attention_mask: "Tensor"  # [batch, length]
+    labels: "Tensor"  # [batch, length]
+    images: dict[str, "Tensor"]  # what the image processor gives: pixel_values, sizes
+    fillers: int  # rows at the end that are there only to run the vision tower
+
+
+def collate(sequences: Sequence[ScoredSequence], processor: "ProcessorMixin", run_vision: bool) -> Batch:
+    """Pad sequences to the longest and process their images.
+
+    With `run_vision`, a batch without any image gets one filler row with a blank image: under ZeRO-3 every
+    rank must gather the vision tower's weights in every pass, or the others wait for ever.
+    """
+    import torch
+
+    rows = list(sequences)
+    fillers = 0
+    if run_vision and not any(row.images for row in rows):
+        rows.append(_filler(processor))
+        fillers = 1
+    length = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), length), _pad_id(processor))
+    attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORED)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row.prompt_token_ids + row.token_ids)
+        attention_mask[index, : len(row)] = 1
+        labels[index, len(row.prompt_token_ids) : len(row)] = torch.tensor(row.token_ids)
+    pictures = [image.open() for row in rows for image in row.images]
+    images = dict(processor.image_processor(images=pictures, return_tensors="pt")) if pictures else {}
+    return Batch(input_ids, attention_mask, labels, images, fillers)
+
+
+def token_logps(model: "torch.nn.Module", batch: Batch, device: "torch.device") -> "Tensor":
+    """Log-prob of every completion token given all before it and the images; 0 at other positions.
+
+    Returns [batch - fillers, length - 1] in float32; position t holds the token at t + 1. Only positions
+    that predict a completion token pass through the language head.
+    """
+    from torch.nn import functional as F
+
+    images = {name: value.to(device) for name, value in batch.images.items()}
+    dtype = next(model.parameters()).dtype
+    images = {name: value.to(dtype) if value.is_floating_point() else value for name, value in images.items()}
+    labels = batch.labels[:, 1:].to(device)
+    first = int((batch.labels != IGNORED).any(dim=0).nonzero()[0]) - 1
+    logits = model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        logits_to_keep=batch.labels.shape[1] - first,
+        use_cache=False,
+        **images,
+    ).logits[:, :-1]
+    mask = labels != IGNORED
+    kept = F.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, first:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    logps = F.pad(kept, (first, 0)) * mask
+    rows = len(logps) - batch.fillers
+    anchor = logps[rows:].sum() * 0  # keeps the filler's graph, so that backward runs the tower too
+    return cast("torch.Tensor", logps[:rows] + anchor)
+
+
+def _pad_id(processor: "ProcessorMixin") -> int:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _filler(processor: "ProcessorMixin") -> ScoredSequence:
+    from PIL import Image
+
+    from rl.images import canonicalise
+
+    size = processor.image_processor.size
+    side = size.get("shortest_edge") or size.get("height") or 32
+    blank = canonicalise(Image.new("RGB", (side, side)), "filler")
+    ids = processor(text=processor.image_token, images=[blank.open()], add_special_tokens=False).input_ids[0]
+    return ScoredSequence(tuple(ids), (_pad_id(processor),), (blank,))

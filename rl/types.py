@@ -1,0 +1,128 @@
+"""What travels round the loop: prompts, completions, judgements, pairs."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
+
+from rl.images import CanonicalImage
+
+Message = dict[str, Any]
+"""An OpenAI chat message whose content is a list of {"type": "text", "text": …} and {"type": "image"} parts."""
+
+T = TypeVar("T")
+Source = Literal["online", "offline"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy is asked. `images` fill the image parts of `messages` in order."""
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[CanonicalImage, ...] = ()
+    reference_answer: str | None = None
+    truth: dict[str, Any] | None = None
+
+    @classmethod
+    def make(
+        cls,
+        messages: Sequence[Message],
+        images: Sequence[CanonicalImage] = (),
+        reference_answer: str | None = None,
+        truth: dict[str, Any] | None = None,
+        id: str | None = None,
+    ) -> Self:
+        """A prompt whose id, unless given, is a hash of its messages and image digests."""
+        content = json.dumps([list(messages), [image.digest for image in images]], sort_keys=True)
+        id = id or hashlib.sha256(content.encode()).hexdigest()[:16]
+        return cls(id, tuple(messages), tuple(images), reference_answer, truth)
+
+    @property
+    def text(self) -> str:
+        """All text of the last user message."""
+        return " ".join(part["text"] for part in self.messages[-1]["content"] if part["type"] == "text")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer, with the tokens exactly as the engine sampled them."""
+
+    prompt_id: str
+    prompt_token_ids: tuple[int, ...]
+    """As the engine saw them, image placeholders expanded."""
+    token_ids: tuple[int, ...]
+    text: str
+    logps: tuple[float, ...]
+    """The sampler's own raw log-prob of each token, in nats."""
+    policy_version: int
+    finish_reason: str
+
+
+class Attributes(NamedTuple):
+    """HelpSteer's five attributes, each from 0 to 4."""
+
+    helpfulness: int
+    correctness: int
+    coherence: int
+    complexity: int
+    verbosity: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's verdict on one completion of a prompt."""
+
+    score: float | None
+    """Higher is better, comparable only within the prompt's completions; None if the judge abstained.
+
+    A graded judge gives `graded_score(attributes)`; a pairwise judge 1 to the winner and 0 to the loser,
+    or 0 to both for a tie.
+    """
+    attributes: Attributes | None
+    reason: str
+    judge: str
+    prompt_hash: str
+    """Of the instructions the judge worked from, so that verdicts of changed instructions are not mixed."""
+
+
+def graded_score(attributes: Attributes) -> float:
+    """Helpfulness + correctness + coherence, 0 to 12 (arXiv 2402.10884)."""
+    return float(attributes.helpfulness + attributes.correctness + attributes.coherence)
+
+
+class PairValues(NamedTuple, Generic[T]):
+    """Something that a pair has for its chosen and for its rejected completion."""
+
+    chosen: T
+    rejected: T
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of one prompt, the first preferred."""
+
+    prompt: Prompt
+    completions: PairValues[Completion]
+    judgements: PairValues[Judgement]
+    margin: float
+    source: Source
+    policy_version: int
+    reference_logps: PairValues[float] | None = None
+    """Summed log-probs under the reference, in nats; None until the reference has scored the pair."""
+    reference_version: str = ""
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """The pairs of one optimizer step, and what became of the other prompts."""
+
+    step: int
+    pairs: tuple[Pair, ...]
+    prompts_end: int
+    """How many prompts the run has consumed when this batch was made; resume goes on from here."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """prompts, completions, ties, identical, abstentions (see rl/pairs.py)."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0

@@ -1,0 +1,168 @@
+"""Publishing: new weights to every sampling engine, then proof that each holds them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from cluster.errors import WeightSyncError
+from cluster.settings import Settings
+from rl.engine import TrainEngine
+from rl.policy import check_public_names, public_names
+from rl.scoring import ScoredSequence, collate, token_logps
+from rl.types import Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from ray.actor import ActorHandle
+    from transformers import PreTrainedModel, ProcessorMixin
+
+TransferBackend = Literal["object_store", "nccl"]
+RPC_TIMEOUT_S = 600.0
+
+
+class WeightSettings(Settings):
+    """How new weights reach the sampling engines."""
+
+    transfer: TransferBackend = "object_store"
+    """`object_store` works everywhere; `nccl` is for rollout engines on GPUs."""
+    tolerance: float = Field(1e-4, gt=0)
+    """Largest difference, in nats per token, between trainer and engine on the probe batch before the run stops.
+    float32 agrees to 1e-4; for bfloat16 allow 0.1."""
+    probes: int = Field(8, ge=1)
+    """Prompts of the probe batch."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed prompt and completion that trainer and engines both score after each publication."""
+
+    prompt: Prompt
+    sequence: ScoredSequence
+
+
+class Publisher:
+    """Sends the policy to the engines. Made and called on every trainer rank together; rank 0 talks to the engines."""
+
+    def __init__(
+        self,
+        settings: WeightSettings,
+        model: "torch.nn.Module",
+        checkpoint_names: Sequence[str],
+        processor: "ProcessorMixin",
+        workers: Sequence["ActorHandle"],
+        ranks_per_worker: int,
+        rank: int,
+    ):
+        """`model` must not be sharded yet; its names and shapes are checked against `checkpoint_names`.
+
+        Raises:
+            DataError: a weight has no partner in the checkpoint the engines loaded, or the other way round.
+        """
+        from rl.transfer import describe_weights
+
+        self._settings = settings
+        self._workers = list(workers)
+        self._ranks_per_worker = ranks_per_worker
+        self._rank = rank
+        self._processor = processor
+        self._adapted = hasattr(model, "peft_config")
+        base: PreTrainedModel = model.get_base_model() if self._adapted else model  # type: ignore[operator,assignment]
+        if not self._adapted:
+            self._names = public_names(base)
+            tied = base.config.tie_word_embeddings
+            check_public_names(self._names, checkpoint_names, tied=["lm_head.weight"] if tied else [])
+            self._meta = describe_weights(base, self._names)
+        self._model = model
+        self._transfer: Any = None
+
+    def connect(self, engine: TrainEngine) -> None:
+        """Open the transfer to the engines, once the trainer's engine exists."""
+        self._engine = engine
+        if not self._adapted:
+            from rl.transfer import ZeroSource, start_transfer
+
+            source = ZeroSource(engine, self._names, self._meta)
+            self._transfer = start_transfer(
+                self._settings.transfer, self._rank, self._workers, self._ranks_per_worker, source
+            )
+
+    def publish(self, version: int, probes: Sequence[Probe]) -> float:
+        """Send the current weights as policy `version` and probe every engine.
+
+        Returns the largest difference per token in nats, on rank 0 (0 elsewhere).
+
+        Raises:
+            WeightSyncError: an engine's log-probs differ from the trainer's by more than the tolerance.
+        """
+        if self._adapted:
+            self._send_adapter(version)
+        else:
+            self._transfer.send_weights()
+        expected = self._score(probes)
+        return self._compare(version, probes, expected) if self._rank == 0 else 0.0
+
+    def _send_adapter(self, version: int) -> None:
+        import ray
+        from safetensors.torch import save
+
+        tensors, config = adapter_state(self._model, self._engine)
+        if self._rank == 0:
+            weights = ray.put(save(tensors))
+            ray.get(
+                [worker.load_adapter.remote(version, weights, config) for worker in self._workers],
+                timeout=RPC_TIMEOUT_S,
+            )
+
+    def _score(self, probes: Sequence[Probe]) -> list[list[float]]:
+        """The trainer's log-probs of the probes; every rank runs it, as ZeRO wants."""
+        import torch
+
+        sequences = [probe.sequence for probe in probes]
+        self._engine.module.eval()
+        with torch.no_grad():
+            logps = token_logps(
+                self._engine.module, collate(sequences, self._processor, run_vision=True), self._engine.device
+            )
+        self._engine.module.train()
+        return [row[len(s.prompt_token_ids) - 1 : len(s) - 1].tolist() for row, s in zip(logps, sequences, strict=True)]
+
+    def _compare(self, version: int, probes: Sequence[Probe], expected: list[list[float]]) -> float:
+        import ray
+
+        request = [(probe.prompt, probe.sequence.token_ids) for probe in probes]
+        answers = ray.get([worker.score.remote(request) for worker in self._workers], timeout=RPC_TIMEOUT_S)
+        worst = 0.0
+        for index, scores in enumerate(answers):
+            difference = max_difference(expected, scores)
+            worst = max(worst, difference)
+            if not difference <= self._settings.tolerance:  # a NaN must stop the run too
+                raise WeightSyncError(
+                    f"after publishing policy version {version}, rollout worker {index} scores the probe batch "
+                    f"{difference:.2g} nats per token away from the trainer (weights.tolerance is "
+                    f"{self._settings.tolerance:g}): its weights are not the trainer's, so the run stops"
+                )
+        return worst
+
+
+def max_difference(expected: Sequence[Sequence[float]], scores: Sequence[Sequence[float]]) -> float:
+    """The largest absolute difference over all tokens; NaN if there is any NaN."""
+    import numpy as np
+
+    flat = [np.concatenate([np.asarray(row, dtype=np.float64) for row in rows]) for rows in (expected, scores)]
+    return float(np.max(np.abs(flat[0] - flat[1])))
+
+
+def adapter_state(model: "torch.nn.Module", engine: TrainEngine) -> tuple[dict[str, "torch.Tensor"], str]:
+    """The whole adapter in PEFT's format: tensors by name, and adapter_config.json. A collective of all ranks."""
+    import json
+
+    from peft import get_peft_model_state_dict
+
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in engine.full_weights(names)}
+    config = model.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    state = get_peft_model_state_dict(model, state_dict=tensors)
+    return {name: tensor.contiguous() for name, tensor in state.items()}, json.dumps(plain, default=str)
