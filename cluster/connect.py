@@ -22,7 +22,7 @@ class ClusterSettings(Settings):
     """Which Ray cluster to use. Every role says in its own section how many actors it wants, and of what size."""
 
     address: str | None = None
-    """`auto` or host:port of a running cluster; left out, a running job's cluster is joined, else one is started here."""
+    """`auto` or host:port of a running cluster; left out, a job joins its own, and otherwise one is started here."""
     num_cpus: int | None = Field(None, ge=1)
     """CPUs of a cluster started here; all of the machine's if left out. Ignored when joining."""
     object_store_memory: int = Field(1 << 30, ge=80_000_000)
@@ -124,7 +124,7 @@ def check_room(roles: list[Role]) -> None:
             )
             raise ClusterError(
                 f"the run asks for {amount:g} {kind} ({plan}), but the cluster has {free.get(kind, 0):g} of "
-                f"{total.get(kind, 0):g} {kind} free: free some, add nodes, or lower the roles' count or {kind.lower()}s"
+                f"{total.get(kind, 0):g} {kind} free: free some, add nodes, or ask for fewer or smaller workers"
             )
 
 

@@ -1,6 +1,7 @@
 """`raylign align CONFIG [key=value …]`: the main job. Starts both halves of the loop, shows what happens, sums up."""
 
 import argparse
+import functools
 import os
 import signal
 import sys
@@ -151,7 +152,7 @@ class _Run:
         task = LearnerTask(self._config, self._model, self._folder.address, self._logs, self._sampler)
         trainer = TorchTrainer(
             learn,
-            train_loop_config=task,  # type: ignore[arg-type]
+            train_loop_config=task,
             scaling_config=ScalingConfig(num_workers=learner.workers, use_gpu=on_gpu, resources_per_worker=resources),
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
             run_config=RunConfig(
@@ -177,8 +178,7 @@ class _Run:
                 self._unwrapped(lambda: ray.get(self._sampler.stop.remote(), timeout=STOP_TIMEOUT_S))
             self._show_events()
             done, halves = ray.wait(halves, num_returns=len(halves), timeout=0) if halves else ([], [])
-            for half in done:
-                self._unwrapped(lambda half=half: ray.get(half))
+            self._unwrapped(functools.partial(ray.get, done))
         if self._failure is not None:
             raise _root_cause(self._failure)
 

@@ -48,7 +48,7 @@ def train(config: SftConfig) -> None:
     on_gpu = config.resources.gpus > 0
     TorchTrainer(
         supervise,
-        train_loop_config=config,  # type: ignore[arg-type]
+        train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=on_gpu,

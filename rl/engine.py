@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -50,6 +50,15 @@ def learning_rate_factor(settings: OptimizerSettings, total_steps: int) -> Calla
     return factor
 
 
+class StepResult(NamedTuple):
+    """What one optimizer step gave."""
+
+    loss: float
+    """Sum of this rank's losses."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+
+
 class TrainEngine:
     """One rank of a DeepSpeed engine. Every rank calls every method, equally often and in the same order."""
 
@@ -77,18 +86,20 @@ class TrainEngine:
         """The sharded module; call it on every rank together."""
         return self._engine
 
-    def step(self, losses: Iterable["torch.Tensor"]) -> float:
-        """Accumulate the gradients of `losses`, one per forward pass, and update. Returns the gradient norm.
+    def step(self, losses: Iterable["torch.Tensor"]) -> "StepResult":
+        """Accumulate the gradients of `losses`, one per forward pass, and update.
 
         Losses are taken as they are: the caller divides by the number of pairs in the whole batch and
         multiplies by the number of ranks, over which DeepSpeed averages. `losses` is iterated lazily, so only
         one graph is alive at a time.
         """
+        total = 0.0
         for loss, is_last in _mark_last(losses):
+            total += float(loss.detach())
             self._engine.set_gradient_accumulation_boundary(is_last)
             self._engine.backward(loss, scale_wrt_gas=False)
             self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        return StepResult(total, float(self._engine.get_global_grad_norm() or 0.0))
 
     @property
     def learning_rate(self) -> float:

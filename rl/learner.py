@@ -11,12 +11,12 @@ from cluster.connect import log_to_file
 from rl.batching import plan_microbatches
 from rl.config import AlignConfig
 from rl.engine import TrainEngine, prepare_worker
-from rl.policy import adapt, checkpoint_names, load_model, load_processor, save_checkpoint
+from rl.policy import adapt, checkpoint_names, load_model, load_processor
 from rl.rollout import to_sequence
 from rl.scoring import collate, token_logps
 from rl.store import RunFolder
 from rl.types import Pair, PairBatch, PairValues
-from rl.weights import Publisher, adapter_state
+from rl.weights import Publisher, export_policy
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +71,7 @@ class Learner:
         torch.manual_seed(config.seed)
         self._task = task
         self._processor = load_processor(task.model)
-        self._base = load_model(task.model, config.policy.precision)
-        self._model = adapt(self._base, config.policy)
+        self._model = adapt(load_model(task.model, config.policy.precision), config.policy)
         self._loss = config.loss.build()
         self.version = 0
         start = ray.get(task.sampler.learner_start.remote(), timeout=BATCH_TIMEOUT_S)
@@ -110,12 +109,17 @@ class Learner:
         plan = plan_microbatches(lengths, self._ranks, optimizer.tokens_per_microbatch)
         sums = _Sums()
         rate = self._engine.learning_rate
-        norm = self._engine.step(self._losses(batch.pairs, plan[self._rank], sums))
+        result = self._engine.step(self._losses(batch.pairs, plan[self._rank], sums))
         self.version += 1
         metrics = sums.over_ranks(len(batch.pairs), self._engine.device)
         if self._rank == 0:
             lags = [self.version - 1 - pair.policy_version for pair in batch.pairs]
-            metrics |= {"grad_norm": norm, "learning_rate": rate, "lag": sum(lags) / len(lags), "lag_max": max(lags)}
+            metrics |= {
+                "grad_norm": result.grad_norm,
+                "learning_rate": rate,
+                "lag": sum(lags) / len(lags),
+                "lag_max": max(lags),
+            }
             metrics |= {
                 "seconds_waiting": started - self._waiting_since,
                 "seconds_update": time.perf_counter() - started,
@@ -152,24 +156,10 @@ class Learner:
             self.publish()
         if self._saved != self.version:
             self.checkpoint()
-        if self._config.policy.lora is not None:
-            tensors, adapter_config = adapter_state(self._model, self._engine)
-        else:
-            full = self._engine.full_weights(self._base.state_dict())
-            tensors = {name: tensor.detach().cpu().clone() for name, tensor in full if self._rank == 0}
-        if self._rank != 0:
-            return
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            if self._config.policy.lora is not None:
-                from safetensors.torch import save_file
-
-                save_file(tensors, folder / "adapter_model.safetensors")
-                (folder / "adapter_config.json").write_text(adapter_config)
-                self._processor.save_pretrained(folder)
-            else:
-                save_checkpoint(self._base, tensors, self._processor, folder)
-            RunFolder(self._task.folder).upload(folder, "model")
+            export_policy(self._model, self._engine, self._processor, Path(name) if self._rank == 0 else None)
+            if self._rank == 0:
+                RunFolder(self._task.folder).upload(Path(name), "model")
 
     def _losses(self, pairs: Sequence[Pair], passes: list[list[int]], sums: "_Sums") -> Iterator["torch.Tensor"]:
         """One loss per forward pass. A pass in which this rank has no pair runs a pair with weight zero."""
@@ -203,7 +193,7 @@ class _Sums:
     NAMES = ("loss", "accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logps_chosen", "logps_rejected")
 
     def __init__(self) -> None:
-        self._values = dict.fromkeys((*self.NAMES, "log_ratio", "tokens"), 0.0)
+        self._values = dict.fromkeys((*self.NAMES, "divergence", "tokens"), 0.0)
 
     def add(
         self,
@@ -222,22 +212,28 @@ class _Sums:
             "reward_rejected": beta * ratios.rejected,
             "logps_chosen": policy.chosen.detach(),
             "logps_rejected": policy.rejected.detach(),
-            "log_ratio": ratios.chosen + ratios.rejected,
+            "divergence": _k2(ratios.chosen) + _k2(ratios.rejected),
         }
         for name, value in added.items():
             self._values[name] += float(value.sum())
         self._values["tokens"] += sum(len(one.token_ids) for pair in pairs for one in pair.completions)
 
     def over_ranks(self, pairs: int, device: "torch.device") -> dict[str, float]:
-        """Means per pair over all ranks; `kl` is the mean of log policy - log reference per token of the pairs'
-        completions, an estimate of KL(policy || reference)."""
+        """Means per pair over all ranks; `kl` estimates KL(policy || reference) in nats per token on the pairs'
+        completions, which are samples of the policy, though not all of them."""
         import torch
 
         totals = torch.tensor(list(self._values.values()), dtype=torch.float64, device=device)
         torch.distributed.all_reduce(totals)
         values = dict(zip(self._values, totals.tolist(), strict=True))
         means = {name: values[name] / pairs for name in self.NAMES}
-        return means | {"kl": values["log_ratio"] / max(1.0, values["tokens"])}
+        return means | {"kl": values["divergence"] / max(1.0, values["tokens"])}
+
+
+def _k2(log_ratio: "torch.Tensor") -> "torch.Tensor":
+    """Half the squared log-ratio: never negative, and of low variance where KL is small (Schulman 2020). The
+    unbiased estimators swing widely here, since half of what they see was picked for being bad."""
+    return log_ratio**2 / 2
 
 
 def _length(pair: Pair) -> int:

@@ -92,8 +92,11 @@ class SamplingHalf:
             made, tally = make_pairs(prompts, completions, judgements, self.config.pairs)
             async with timer.phase("reference"):
                 pairs += await self.reference.score(made)
-            counts += Counter(tally, prompts=len(prompts), completions=sum(map(len, completions)))
-            counts["tokens"] += sum(len(one.token_ids) for group in completions for one in group)
+            sampled = [one for group in completions for one in group]
+            counts.update(tally)
+            counts.update(
+                prompts=len(prompts), completions=len(sampled), tokens=sum(len(one.token_ids) for one in sampled)
+            )
             if pairs:
                 break
         else:

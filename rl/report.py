@@ -140,6 +140,9 @@ def _chart(
             axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 12 else None, markersize=3.5, label=name)
         axes.set_xlabel("policy version" if axis == "version" else "step")
         axes.set_ylabel(label)
+        if label == "share":
+            lowest = min(min(line.get_ydata()) for line in axes.lines)
+            axes.set_ylim(max(0.0, min(lowest - 0.05, 0.8)), 1.02 if lowest > 0.3 else None)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         if len(present) > 1:

@@ -18,6 +18,7 @@ from rl.policy import PolicySettings
 from rl.render import prompt_token_ids
 from rl.scoring import ScoredSequence
 from rl.types import Completion, Prompt
+from rl.weights import TransferBackend
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -60,7 +61,9 @@ class RolloutSettings(Settings):
 class RolloutWorker:
     """One vLLM engine, inside the actor's own process. Used as a Ray actor."""
 
-    def __init__(self, settings: RolloutSettings, policy: PolicySettings, model: str, backend: str, log: str):
+    def __init__(
+        self, settings: RolloutSettings, policy: PolicySettings, model: str, backend: TransferBackend, log: str
+    ):
         log_to_file(Path(log))
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from rl.images import CanonicalImage
 
@@ -87,7 +87,7 @@ def token_logps(model: "torch.nn.Module", batch: Batch, device: "torch.device") 
     logps = F.pad(kept, (first, 0)) * mask
     rows = len(logps) - batch.fillers
     anchor = logps[rows:].sum() * 0  # keeps the filler's graph, so that backward runs the tower too
-    return cast("torch.Tensor", logps[:rows] + anchor)
+    return logps[:rows] + anchor
 
 
 def _pad_id(processor: "ProcessorMixin") -> int:

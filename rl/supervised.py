@@ -3,8 +3,9 @@
 import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -12,11 +13,13 @@ from cluster.connect import ActorResources, ClusterSettings, Role, log_to_file
 from cluster.settings import Settings
 from rl.batching import plan_microbatches
 from rl.engine import OptimizerSettings, TrainEngine, prepare_worker
-from rl.policy import PolicySettings, adapt, load_model, load_processor, resolve_model, save_checkpoint
+from rl.policy import PolicySettings, adapt, load_model, load_processor, resolve_model
 from rl.render import prompt_token_ids
 from rl.scoring import ScoredSequence, collate, token_logps
+from rl.weights import export_policy
 
 if TYPE_CHECKING:
+    import torch
     from transformers import ProcessorMixin
 
     from rl.types import Prompt
@@ -75,39 +78,41 @@ def supervise(config: SftConfig) -> None:
         torch.distributed.barrier()
     source = str(start_folder) if config.from_scratch else resolve_model(config.policy.model)
     processor = load_processor(source)
-    base = load_model(source, config.policy.precision)
-    engine = TrainEngine(adapt(base, config.policy), config.optimizer, config.policy.precision, config.steps)
-    base.train()
+    model = adapt(load_model(source, config.policy.precision), config.policy)
+    engine = TrainEngine(model, config.optimizer, config.policy.precision, config.steps)
+    model.train()
     examples = _examples(config, processor)
     started = time.perf_counter()
     for step in range(config.steps):
         batch = list(itertools.islice(examples, config.batch_size))
         tokens = sum(len(sequence.token_ids) for sequence in batch)
         plan = plan_microbatches([len(sequence) for sequence in batch], ranks, config.optimizer.tokens_per_microbatch)
-        total = 0.0
-
-        def losses() -> Any:
-            nonlocal total
-            for indices in plan[rank]:
-                weight = 1.0 if indices else 0.0
-                collated = collate([batch[i] for i in indices or [0]], processor, run_vision=True)
-                loss = -weight * token_logps(engine.module, collated, engine.device).sum() / tokens
-                total += float(loss.detach())
-                yield loss * ranks
-
-        engine.step(losses())
+        shares = [[batch[index] for index in indices] for indices in plan[rank]]
+        result = engine.step(_losses(engine, processor, shares, batch[0], ranks / tokens))
         if rank == 0 and (step + 1) % config.log_every == 0:
-            row = {"step": step + 1, "loss": round(total * ranks, 5), "lr": engine.learning_rate}
+            row = {"step": step + 1, "loss": round(result.loss, 5), "lr": engine.learning_rate}
             row["seconds"] = round(time.perf_counter() - started, 1)
             with (output / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in engine.full_weights(base.state_dict())}
-    if rank == 0:
-        save_checkpoint(base, weights, processor, output / "model")
+    export_policy(model, engine, processor, output / "model" if rank == 0 else None)
     torch.distributed.barrier()
 
 
-def _examples(config: SftConfig, processor: "ProcessorMixin") -> Any:
+def _losses(
+    engine: TrainEngine,
+    processor: "ProcessorMixin",
+    passes: list[list[ScoredSequence]],
+    filler: ScoredSequence,
+    scale: float,
+) -> "Iterator[torch.Tensor]":
+    """The negative log-likelihood of each pass, times `scale`. A pass without examples runs `filler` for nothing."""
+    for examples in passes:
+        batch = collate(examples or [filler], processor, run_vision=hasattr(processor, "image_processor"))
+        logps = token_logps(engine.module, batch, engine.device)
+        yield logps.sum() * (-scale if examples else 0.0)
+
+
+def _examples(config: SftConfig, processor: "ProcessorMixin") -> "Iterator[ScoredSequence]":
     from rl.world.training_text import training_examples
 
     for prompt, answer in training_examples(config.seed):
@@ -117,5 +122,7 @@ def _examples(config: SftConfig, processor: "ProcessorMixin") -> Any:
 def to_sequence(prompt: "Prompt", answer: str, processor: "ProcessorMixin") -> ScoredSequence:
     """The prompt and its answer as tokens, the answer closed by the end-of-turn token."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    ids = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    return ScoredSequence(prompt_token_ids(prompt, processor, expand_images=True), tuple(ids), prompt.images)
+    ids = tokenizer(answer, add_special_tokens=False).input_ids
+    return ScoredSequence(
+        prompt_token_ids(prompt, processor, expand_images=True), (*ids, tokenizer.eos_token_id), prompt.images
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from pydantic import Field
 from cluster.errors import WeightSyncError
 from cluster.settings import Settings
 from rl.engine import TrainEngine
-from rl.policy import check_public_names, public_names
+from rl.policy import check_public_names, public_names, save_checkpoint
 from rl.scoring import ScoredSequence, collate, token_logps
 from rl.types import Prompt
 
@@ -68,7 +69,7 @@ class Publisher:
         self._rank = rank
         self._processor = processor
         self._adapted = hasattr(model, "peft_config")
-        base: PreTrainedModel = model.get_base_model() if self._adapted else model  # type: ignore[operator,assignment]
+        base: PreTrainedModel = model.get_base_model() if self._adapted else model  # type: ignore[operator]
         if not self._adapted:
             self._names = public_names(base)
             tied = base.config.tie_word_embeddings
@@ -166,3 +167,26 @@ def adapter_state(model: "torch.nn.Module", engine: TrainEngine) -> tuple[dict[s
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     state = get_peft_model_state_dict(model, state_dict=tensors)
     return {name: tensor.contiguous() for name, tensor in state.items()}, json.dumps(plain, default=str)
+
+
+def export_policy(
+    model: "torch.nn.Module", engine: TrainEngine, processor: "ProcessorMixin", folder: Path | None
+) -> None:
+    """Write the trained policy to `folder` on the rank that gives one: a plain Hugging Face folder, or for an
+    adapted model a PEFT adapter with the processor beside it. A collective of all ranks."""
+    if hasattr(model, "peft_config"):
+        tensors, config = adapter_state(model, engine)
+    else:
+        weights = engine.full_weights(model.state_dict())
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights if folder is not None}
+    if folder is None:
+        return
+    if hasattr(model, "peft_config"):
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(config)
+        processor.save_pretrained(folder)
+    else:
+        save_checkpoint(model, tensors, processor, folder)

@@ -57,7 +57,7 @@ class Scene:
     def split(self) -> Split:
         """Train, validation or held-out, from the scene's content alone, so no scene is in two splits."""
         digest = hashlib.sha256(repr(self.objects).encode()).digest()
-        return ("heldout", "validation", "train")[min(digest[0] // 26, 2)]  # type: ignore[return-value]
+        return ("heldout", "validation", "train")[min(digest[0] // 26, 2)]
 
     def at(self, place: str) -> str | None:
         return dict(self.objects).get(place)
