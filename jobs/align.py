@@ -129,9 +129,9 @@ class _Run:
         import ray
 
         with _signals(self._request_stop):
-            learner = threading.Thread(target=self._learn, daemon=True)
-            learner.start()
             start, loop = self._sampler.start.remote(), self._sampler.run.remote()
+            learner = threading.Thread(target=self._learn, args=(start,), daemon=True)
+            learner.start()
             self._watch(learner, [start, loop])
             results = self._unwrapped(lambda: ray.get(self._sampler.finish.remote(), timeout=STOP_TIMEOUT_S))
             self._show_events()
@@ -139,8 +139,15 @@ class _Run:
         self._summarise(results, state)
         return state
 
-    def _learn(self) -> None:
+    def _learn(self, started: Any) -> None:
         """The learning half, under Ray Train; runs in a thread of the driver, for `fit` blocks."""
+        try:
+            self._fit(started)
+        except BaseException as error:
+            self._failure = error
+
+    def _fit(self, started: Any) -> None:
+        import ray
         from ray.train import CheckpointConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -149,8 +156,10 @@ class _Run:
         learner = self._config.learner
         on_gpu = learner.resources.gpus > 0
         resources = {"CPU": learner.resources.cpus} | ({"GPU": learner.resources.gpus} if on_gpu else {})
-        task = LearnerTask(self._config, self._model, self._folder.address, self._logs, self._sampler)
-        trainer = TorchTrainer(
+        task = LearnerTask(
+            self._config, self._model, self._folder.address, self._logs, self._sampler, *ray.get(started)
+        )
+        TorchTrainer(
             learn,
             train_loop_config=task,
             scaling_config=ScalingConfig(num_workers=learner.workers, use_gpu=on_gpu, resources_per_worker=resources),
@@ -160,11 +169,7 @@ class _Run:
                 storage_path=self._folder.address,
                 checkpoint_config=CheckpointConfig(num_to_keep=self._config.loop.checkpoints_kept),
             ),
-        )
-        try:
-            trainer.fit()
-        except BaseException as error:
-            self._failure = error
+        ).fit()
 
     def _watch(self, learner: threading.Thread, halves: list[Any]) -> None:
         import ray

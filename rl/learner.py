@@ -16,7 +16,7 @@ from rl.rollout import to_sequence
 from rl.scoring import collate, token_logps
 from rl.store import RunFolder
 from rl.types import Pair, PairBatch, PairValues
-from rl.weights import Publisher, export_policy
+from rl.weights import Probe, Publisher, export_policy
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,10 @@ class LearnerTask:
     """Local folder for this worker's log."""
     sampler: "ActorHandle"
     """The sampling half."""
+    rollout_workers: "list[ActorHandle]"
+    """The engines that get the weights."""
+    probes: list[Probe]
+    """What proves that they did."""
 
 
 def learn(task: LearnerTask) -> None:
@@ -58,7 +62,6 @@ class Learner:
     """One rank of the learning half. Every rank calls every method, in the same order."""
 
     def __init__(self, task: LearnerTask):
-        import ray
         import ray.train
 
         context = ray.train.get_context()
@@ -74,14 +77,12 @@ class Learner:
         self._model = adapt(load_model(task.model, config.policy.precision), config.policy)
         self._loss = config.loss.build()
         self.version = 0
-        start = ray.get(task.sampler.learner_start.remote(), timeout=BATCH_TIMEOUT_S)
-        self._probes = start.probes
         self._publisher = Publisher(
             config.weights,
             self._model,
             checkpoint_names(Path(task.model)),
             self._processor,
-            start.rollout_workers,
+            task.rollout_workers,
             max(1, int(config.rollout.resources.gpus)),
             self._rank,
         )
@@ -134,7 +135,7 @@ class Learner:
         if self._rank == 0:
             ray.get(self._task.sampler.pause.remote(), timeout=BATCH_TIMEOUT_S)
         paused = time.perf_counter()
-        difference = self._publisher.publish(self.version, self._probes)
+        difference = self._publisher.publish(self.version, self._task.probes)
         self._published = self.version
         if self._rank == 0:
             seconds = {"seconds_sync": time.perf_counter() - paused, "seconds_sync_wait": paused - started}

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +34,6 @@ START_TIMEOUT_S = 900.0
 MAX_EMPTY_ROUNDS = 20
 
 
-@dataclass(frozen=True)
-class LearnerStart:
-    """What the learner needs from the sampling half before its first publication."""
-
-    rollout_workers: list["ActorHandle"]
-    probes: list[Probe]
-
-
 class SamplingHalf:
     """Makes the pairs of every step. Used as an async Ray actor."""
 
@@ -59,15 +50,14 @@ class SamplingHalf:
         self.first_step = first_step
         self.stopping = False
         self._version = asyncio.Condition()
+        self._ready_version = -1
         self._engines = asyncio.Lock()
-        self._started = asyncio.Event()
 
     async def run(self) -> None:
         """Make the pairs of every step until there are enough, or a stop is asked for."""
         loop = self.config.loop
-        await self._wait_for_version(0)
         for step in range(self.first_step, loop.steps + 1):
-            await self._wait_for_version(step - 1 - loop.max_lag)
+            await self._wait_for_version(max(0, step - 1 - loop.max_lag))
             if self.stopping:
                 break
             batch = self.store.read_batch(step) or await self.make_batch(step)
@@ -81,6 +71,7 @@ class SamplingHalf:
         pairs: list[Pair] = []
         counts: Counter[str] = Counter()
         timer = PhaseTimer()
+        self.journal.note("startup", first_rollout=self.journal.age)
         for attempt in range(MAX_EMPTY_ROUNDS):
             prompts = self.prompts.take(self.config.loop.prompts_per_step)
             async with self._engines, timer.phase("sampling"):
@@ -110,11 +101,14 @@ class SamplingHalf:
 
     # What the driver calls.
 
-    async def start(self) -> None:
-        """Start the actors one after another, load the prompts, and make the probe batch."""
+    async def start(self) -> tuple[list["ActorHandle"], list[Probe]]:
+        """Start the actors one after another and load the prompts; returns the rollout workers and a probe batch.
+
+        The learner starts after this: on few cores, loading side by side takes far longer than in turn.
+        """
         import ray
 
-        config, started = self.config, time.perf_counter()
+        config = self.config
         rollout, reference = config.rollout, config.reference
         rollout_workers = []
         for index in range(rollout.workers):
@@ -127,15 +121,13 @@ class SamplingHalf:
         room = config.policy.max_length - max(rollout.sampling.max_tokens, config.loop.eval_max_tokens)
         await asyncio.to_thread(check_prompts, [*training, *self.heldout], processor, room, rollout.max_images)
         self.prompts = PromptStream(training, config.seed, self._resume_position())
-        self.journal.note("startup", prompts=time.perf_counter() - started)
+        self.journal.note("startup", prompts=self.journal.age)
         self.rollouts = Rollouts(rollout_workers)
         probed = training[: config.weights.probes]
         greedy = SamplingSettings(completions=1, temperature=0, max_tokens=rollout.sampling.max_tokens)
         answers = await asyncio.wait_for(self.rollouts.generate(probed, greedy, 0), START_TIMEOUT_S)
-        self.probes = [
-            Probe(prompt, to_sequence(prompt, answer)) for prompt, (answer,) in zip(probed, answers, strict=True)
-        ]
-        self.journal.note("startup", rollout_workers=time.perf_counter() - started)
+        probes = [Probe(prompt, to_sequence(prompt, answer)) for prompt, (answer,) in zip(probed, answers, strict=True)]
+        self.journal.note("startup", rollout_workers=self.journal.age)
         reference_actor = ray.remote(ReferenceWorker).options(
             num_cpus=reference.resources.cpus, num_gpus=reference.resources.gpus
         )
@@ -146,7 +138,9 @@ class SamplingHalf:
             ],
             model_version(self.model),
         )
-        self._started.set()
+        if self.first_step == 1:  # the engines hold version 0 as they loaded it; the first publication proves it
+            self._welcoming = asyncio.create_task(self._welcome(0))
+        return rollout_workers, probes
 
     async def stop(self) -> None:
         """Make no more batches; the learner finishes with those that are made."""
@@ -172,12 +166,6 @@ class SamplingHalf:
 
     # What the learner calls.
 
-    async def learner_start(self) -> LearnerStart:
-        """Rollout workers and probe batch, once they are there."""
-        await asyncio.wait_for(self._started.wait(), START_TIMEOUT_S)
-        self.journal.note("startup", learner_model=self.journal.age)
-        return LearnerStart(self.rollouts.workers, self.probes)
-
     async def batch(self, step: int) -> PairBatch | None:
         """The pairs of a step; None if there are no more. Every rank asks, and gets the same."""
         return await self.queue.get(step)
@@ -188,10 +176,12 @@ class SamplingHalf:
 
     async def published(self, version: int, metrics: dict[str, float]) -> None:
         """The engines hold `version`, proven by the probe; sampling goes on, after an evaluation if one is due."""
+        is_new = version != self.rollouts.version or self._ready_version < 0
         self.rollouts.version = version
         self._engines.release()
         self.journal.published(version, metrics)
-        self._after_publication = asyncio.create_task(self._welcome(version))
+        if is_new:
+            self._welcoming = asyncio.create_task(self._welcome(version))
 
     async def updated(self, version: int, metrics: dict[str, float]) -> None:
         """The learner made `version` from the batch of the same number."""
@@ -219,14 +209,13 @@ class SamplingHalf:
         if version % self.config.loop.eval_every == 0 and not self.journal.has_evaluation(version):
             await self.evaluate(version)
         async with self._version:
+            self._ready_version = version
             self._version.notify_all()
 
     async def _wait_for_version(self, version: int) -> None:
         """Wait until the engines hold `version` or a later one, and any evaluation then due is done."""
         async with self._version:
-            await self._version.wait_for(lambda: self.stopping or self.journal.last_published >= version)
-        if (welcome := getattr(self, "_after_publication", None)) is not None:
-            await welcome
+            await self._version.wait_for(lambda: self.stopping or self._ready_version >= version)
 
     def _seed(self, step: int, attempt: int) -> int:
         return (self.config.seed * 1_000_003 + step) * MAX_EMPTY_ROUNDS + attempt

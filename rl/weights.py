@@ -1,9 +1,14 @@
-"""Publishing: new weights to every sampling engine, then proof that each holds them."""
+"""Publishing: new weights to every sampling engine, then proof that each holds them.
 
-from collections.abc import Sequence
+Full weights travel over vLLM's weight-transfer interface, through its NCCL engine or through Ray's object store.
+Adapters are small: they go as one object, and the engine loads them as a new LoRA.
+"""
+
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
@@ -18,9 +23,11 @@ if TYPE_CHECKING:
     import torch
     from ray.actor import ActorHandle
     from transformers import PreTrainedModel, ProcessorMixin
+    from vllm.distributed.weight_transfer.base import ParamMeta
 
 TransferBackend = Literal["object_store", "nccl"]
 RPC_TIMEOUT_S = 600.0
+CHUNK_BYTES = 256 << 20
 
 
 class WeightSettings(Settings):
@@ -61,33 +68,23 @@ class Publisher:
         Raises:
             DataError: a weight has no partner in the checkpoint the engines loaded, or the other way round.
         """
-        from rl.transfer import describe_weights
-
         self._settings = settings
         self._workers = list(workers)
-        self._ranks_per_worker = ranks_per_worker
         self._rank = rank
         self._processor = processor
-        self._adapted = hasattr(model, "peft_config")
-        base: PreTrainedModel = model.get_base_model() if self._adapted else model  # type: ignore[operator]
-        if not self._adapted:
-            self._names = public_names(base)
-            tied = base.config.tie_word_embeddings
-            check_public_names(self._names, checkpoint_names, tied=["lm_head.weight"] if tied else [])
-            self._meta = describe_weights(base, self._names)
         self._model = model
-        self._transfer: Any = None
+        self._send: Callable[[int], None] = self._send_adapter
+        if not hasattr(model, "peft_config"):
+            base = cast("PreTrainedModel", model)
+            names = public_names(base)
+            tied = ["lm_head.weight"] if base.config.tie_word_embeddings else []
+            check_public_names(names, checkpoint_names, tied)
+            sender = SENDERS[settings.transfer](names, base.state_dict(), self._workers, ranks_per_worker, rank)
+            self._send = lambda version: sender.send(self._engine)
 
     def connect(self, engine: TrainEngine) -> None:
-        """Open the transfer to the engines, once the trainer's engine exists."""
+        """Take the trainer's engine, which exists only after the model's names and shapes were read."""
         self._engine = engine
-        if not self._adapted:
-            from rl.transfer import ZeroSource, start_transfer
-
-            source = ZeroSource(engine, self._names, self._meta)
-            self._transfer = start_transfer(
-                self._settings.transfer, self._rank, self._workers, self._ranks_per_worker, source
-            )
 
     def publish(self, version: int, probes: Sequence[Probe]) -> float:
         """Send the current weights as policy `version` and probe every engine.
@@ -97,10 +94,7 @@ class Publisher:
         Raises:
             WeightSyncError: an engine's log-probs differ from the trainer's by more than the tolerance.
         """
-        if self._adapted:
-            self._send_adapter(version)
-        else:
-            self._transfer.send_weights()
+        self._send(version)
         expected = self._score(probes)
         return self._compare(version, probes, expected) if self._rank == 0 else 0.0
 
@@ -145,6 +139,143 @@ class Publisher:
                     f"{self._settings.tolerance:g}): its weights are not the trainer's, so the run stops"
                 )
         return worst
+
+
+class ObjectStoreSender:
+    """Full weights through Ray's object store, in chunks of `CHUNK_BYTES`, into the engines of rl/transfer.py."""
+
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        weights: Mapping[str, "torch.Tensor"],
+        workers: Sequence["ActorHandle"],
+        ranks_per_worker: int,
+        rank: int,
+    ):
+        """`names` maps in-memory to public names; `weights` are the model's, before it is sharded."""
+        self._names, self._rank = names, rank
+        self._client = RolloutClient(workers, ranks_per_worker)
+
+    def send(self, engine: TrainEngine) -> None:
+        """One update round; every rank gathers, rank 0 sends."""
+        if self._rank == 0:
+            self._client.start_weight_update()
+        chunk: dict[str, torch.Tensor] = {}
+        size = 0
+        for name, tensor in engine.full_weights(self._names):
+            if self._rank == 0:
+                chunk[self._names[name]] = tensor.detach().cpu().clone()
+                size += tensor.nbytes
+            if size >= CHUNK_BYTES:
+                self._client.update_weights({"tensors": chunk})
+                chunk, size = {}, 0
+        if self._rank == 0:
+            self._client.update_weights({"tensors": chunk})
+            self._client.finish_weight_update()
+
+
+class NcclSender:
+    """Full weights over vLLM's own NCCL engine; GPUs only."""
+
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        weights: Mapping[str, "torch.Tensor"],
+        workers: Sequence["ActorHandle"],
+        ranks_per_worker: int,
+        rank: int,
+    ):
+        """`names` maps in-memory to public names; `weights` are the model's, before it is sharded."""
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        self._names = names
+        self._meta = [
+            ParamMeta(public, weights[name].dtype, tuple(weights[name].shape)) for name, public in names.items()
+        ]
+        self._client = RolloutClient(workers, ranks_per_worker)
+        self._engines_ranks = len(workers) * ranks_per_worker
+        self._rank = rank
+        self._transfer: Any = None
+        self._engine: TrainEngine
+
+    def send(self, engine: TrainEngine) -> None:
+        """One update round; the first meets the engines."""
+        self._engine = engine
+        if self._transfer is None:
+            self._transfer = self._meet()
+        self._transfer.send_weights()
+
+    # The two halves of vLLM's WeightSource protocol, read by its NCCL engine.
+
+    def metadata(self) -> "list[ParamMeta]":
+        """What iteration will yield, in the same order."""
+        return self._meta
+
+    def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        for name, tensor in self._engine.full_weights(self._names):
+            yield self._names[name], tensor
+
+    def _meet(self) -> Any:
+        import ray
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        info = NCCLTrainerInitInfo(
+            master_address=ray.util.get_node_ip_address(),
+            master_port=_free_port(),
+            world_size=self._engines_ranks + 1,
+            rank=self._rank,
+        )
+        return WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self)
+
+
+SENDERS: "dict[TransferBackend, type[ObjectStoreSender] | type[NcclSender]]" = {
+    "object_store": ObjectStoreSender,
+    "nccl": NcclSender,
+}
+
+
+class RolloutClient:
+    """vLLM's control calls of a weight update, fanned out to every rollout worker, each with a time limit."""
+
+    def __init__(self, workers: Sequence["ActorHandle"], ranks_per_worker: int):
+        self._workers = workers
+        self._ranks_per_worker = ranks_per_worker
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Each engine takes its own span of ranks in the transfer group."""
+        import ray
+
+        calls = []
+        for index, worker in enumerate(self._workers):
+            offset = init_info["rank_offset"] + index * self._ranks_per_worker
+            calls.append(worker.init_weight_transfer_engine.remote({**init_info, "rank_offset": offset}))
+        ray.get(calls, timeout=RPC_TIMEOUT_S)
+
+    def start_weight_update(self) -> None:
+        """Announce an update."""
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        """One chunk of it."""
+        import ray
+
+        self._call("update_weights", ray.put(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """The last chunk was sent."""
+        self._call("finish_weight_update")
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        import ray
+
+        ray.get([getattr(worker, method).remote(*arguments) for worker in self._workers], timeout=RPC_TIMEOUT_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
 
 
 def max_difference(expected: Sequence[Sequence[float]], scores: Sequence[Sequence[float]]) -> float:
