@@ -58,6 +58,7 @@ def environment_variables() -> dict[str, str]:
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
         "RAY_TRAIN_V2_ENABLED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # actors share cores; a thread that spins while it waits steals them
     }
 
 

@@ -155,6 +155,7 @@ class SamplingHalf:
 
     async def finish(self) -> dict[str, Any]:
         """Evaluate the last version if that was not done yet; returns what the summary is made of."""
+        await self._welcoming
         if self.journal.last_evaluated != self.rollouts.version:
             await self.evaluate(self.rollouts.version)
         return {

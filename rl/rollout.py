@@ -79,9 +79,15 @@ class RolloutWorker:
         self._processor = AutoProcessor.from_pretrained(model)
         self._adapter: Any = None
         self._adapter_folder = tempfile.TemporaryDirectory(prefix="raylign-adapter-")
-        adapters = (
-            {"enable_lora": True, "max_lora_rank": max(8, policy.lora.rank), "max_loras": 1} if policy.lora else {}
-        )
+        adapters: dict[str, Any] = {}
+        if policy.lora:
+            adapters = {
+                "enable_lora": True,
+                "max_lora_rank": max(8, policy.lora.rank),
+                "max_loras": 1,
+                # Left open, vLLM wraps the language head too, and then cannot give prompt log-probs on a CPU.
+                "lora_target_modules": list(policy.lora.target_modules),
+            }
         on_cpu = settings.resources.gpus == 0
         ranks = max(1, int(settings.resources.gpus))
         self._engine = LLM(
