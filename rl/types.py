@@ -123,6 +123,5 @@ class PairBatch:
     prompts_end: int
     """How many prompts the run has consumed when this batch was made; resume goes on from here."""
     counts: dict[str, int] = field(default_factory=dict)
-    """prompts, completions, ties, identical, abstentions (see rl/pairs.py)."""
+    """prompts, completions and tokens sampled, and the outcomes of `make_pairs`."""
     seconds: dict[str, float] = field(default_factory=dict)
-    tokens: int = 0

@@ -28,8 +28,10 @@ def make_prompt(text: str = "What do you see?", scene: Scene | None = SCENE, **m
     return Prompt.make([{"role": "user", "content": content}], images, **more)  # type: ignore[arg-type]
 
 
-def make_completion(text: str = "yes.", tokens: tuple[int, ...] = (5, 6, 2), version: int = 0) -> Completion:
-    return Completion("p", (1, 5, 6), tokens, text, tuple(-0.5 for _ in tokens), version, "stop")
+def make_completion(
+    text: str = "yes.", tokens: tuple[int, ...] = (5, 6, 2), version: int = 0, prompt_id: str = "p"
+) -> Completion:
+    return Completion(prompt_id, (1, 5, 6), tokens, text, tuple(-0.5 for _ in tokens), version, "stop")
 
 
 def make_judgement(score: float | None) -> Judgement:
@@ -37,9 +39,12 @@ def make_judgement(score: float | None) -> Judgement:
 
 
 def make_pair(version: int = 0, prompt: Prompt | None = None, **more: object) -> Pair:
+    prompt = prompt or make_prompt()
+    good = make_completion("good.", (5, 2), version, prompt.id)
+    bad = make_completion("bad.", (6, 7, 2), version, prompt.id)
     return Pair(
-        prompt=prompt or make_prompt(),
-        completions=PairValues(make_completion("good.", (5, 2), version), make_completion("bad.", (6, 7, 2), version)),
+        prompt=prompt,
+        completions=PairValues(good, bad),
         judgements=PairValues(make_judgement(9), make_judgement(4)),
         margin=5,
         source="online",

@@ -1,0 +1,35 @@
+"""Joining Ray: reachable or refused, room or refused, within seconds."""
+
+import os
+
+import pytest
+
+from cluster.connect import ActorResources, ClusterSettings, Role, connect, environment_variables
+from cluster.errors import ClusterError
+
+
+def test_an_unreachable_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1:1"):
+        connect(ClusterSettings(address="127.0.0.1:1"))
+
+
+def test_the_auth_mode_is_always_set_and_a_person_s_choice_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert environment_variables()["RAY_AUTH_MODE"] == "disabled"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert environment_variables()["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_too_much_asked_is_refused_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from cluster.connect import check_room
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 3.0})
+    check_room([Role("rollout worker", 2, ActorResources(cpus=1.5))])
+    with pytest.raises(ClusterError, match=r"asks for 4 CPU \(2 rollout worker x 2\).*has 3 of 4 CPU free"):
+        check_room([Role("rollout worker", 2, ActorResources(cpus=2))])
+    with pytest.raises(ClusterError, match=r"asks for 1 GPU .*has 0 of 0 GPU free"):
+        check_room([Role("learner worker", 1, ActorResources(gpus=1))])

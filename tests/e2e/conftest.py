@@ -1,0 +1,171 @@
+"""Real Ray with its job server, started once; runs of the real `raylign` command on it."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+RUN_LIMIT_S = 400
+
+SMALL: dict[str, Any] = {
+    "loop": {"steps": 3, "prompts_per_step": 16, "eval_every": 3, "checkpoint_every": 2},
+    "policy": {"max_length": 128},
+    "data": {"kind": "world", "prompts": 120, "heldout_scenes": 12},
+    "rollout": {"sampling": {"completions": 4, "max_tokens": 48}},
+    "learner": {"optimizer": {"learning_rate": 1e-4}},
+}
+
+
+def environment() -> dict[str, str]:
+    """What a person's shell has, with this interpreter's programs first on the PATH."""
+    return {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    output: str
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running head node."""
+
+    address: str
+    dashboard: str
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def raylign(*arguments: str, limit: float = RUN_LIMIT_S, cwd: Path = ROOT) -> Outcome:
+    """Run the command to its end."""
+    done = subprocess.run(
+        [str(BIN / "raylign"), *arguments],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit,
+    )
+    return Outcome(done.returncode, done.stdout)
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    """Start the command and return at once."""
+    return subprocess.Popen(
+        [str(BIN / "raylign"), *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read_until(process: "subprocess.Popen[str]", text: str, limit: float = RUN_LIMIT_S) -> str:
+    """Read a process's lines up to the first that holds `text`."""
+    lines = []
+    deadline = time.monotonic() + limit
+    assert process.stdout is not None
+    while time.monotonic() < deadline:
+        line = process.stdout.readline()
+        lines.append(line)
+        if text in line or not line:
+            break
+    output = "".join(lines)
+    assert text in output, output
+    return output
+
+
+def interrupt(process: "subprocess.Popen[str]", limit: float = RUN_LIMIT_S) -> Outcome:
+    """Ctrl-C, then wait for the end."""
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=limit)
+    return Outcome(process.returncode, output)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """One head node with its job server on loopback, for all tests of the session."""
+    port, dashboard = free_port(), free_port()
+    ray = str(BIN / "ray")
+    command = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--object-store-memory=1000000000"]
+    command += ["--include-dashboard=true", "--block"]
+    with open("/dev/null", "w") as nowhere:
+        head = subprocess.Popen(command, env=environment(), stdout=nowhere, stderr=nowhere)
+    try:
+        wait_for_port(port)
+        wait_for_port(dashboard)
+        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(timeout=60)
+
+
+def wait_for_port(port: int, limit: float = 120) -> None:
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise TimeoutError(f"nothing listens on port {port}")
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+@pytest.fixture(scope="session")
+def full_run(cluster: Cluster, small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small run of the main job, full fine-tuning, `max_lag` 1; shared by the tests that look at its folder."""
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    outcome = raylign("align", str(small_config), f"run.dir={folder}", f"cluster.address={cluster.address}")
+    assert outcome.code == 0, outcome.output + logs(folder)
+    (folder / "console.txt").write_text(outcome.output)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def logs(folder: Path) -> str:
+    """The ends of a run's logs, for a failed test to show."""
+    return "".join(f"\n--- {path.name}\n{path.read_text()[-3000:]}" for path in (folder / "logs").glob("*.log"))
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())

@@ -1,0 +1,178 @@
+"""The main job, end to end, on real Ray, vLLM and DeepSpeed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Cluster, interrupt, logs, raylign, read_until, rows, start, summary
+
+METRICS = ("chair_s", "chair_i", "object_recall", "pope_accuracy", "pope_f1", "language_accuracy", "judge_score")
+
+
+def test_the_run_folder_holds_everything_that_is_documented(full_run: Path) -> None:
+    result = summary(full_run)
+    for moment in ("before", "after"):
+        assert set(METRICS) | {"win_rate", "mean_length"} <= set(result[moment])
+    assert result["policy_version"] == 3
+    assert result["updates"] == 3
+    assert result["publications"] == 4
+    assert result["pairs"] > 0
+    assert {"ties", "abstentions", "identical", "seed"} <= set(result)
+    assert result["probe_max_abs_diff"] <= 1e-4
+    assert result["peak_memory_bytes"] > 1 << 30
+    assert {"sampling", "judging", "reference", "update", "sync", "evaluation", "total"} <= set(result["seconds"])
+    assert {"ray", "torch", "deepspeed", "transformers"} <= set(result["versions"])
+    for name in ("config.yaml", "report.html", "tensorboard", "checkpoints", "model/model.safetensors"):
+        assert (full_run / name).exists(), name
+    assert json.loads((full_run / "status.json").read_text()) == {"state": "finished"}
+
+
+def test_every_step_has_a_row_and_a_line(full_run: Path) -> None:
+    table = rows(full_run)
+    assert [row["step"] for row in table] == [1, 2, 3]
+    console = (full_run / "console.txt").read_text()
+    for step in (1, 2, 3):
+        assert f"{step}/3" in console
+    assert "INFO" not in console, "engines must not talk over the progress table"
+
+
+def test_recorded_lag_is_the_distance_of_versions_and_stays_within_the_bound(full_run: Path) -> None:
+    from rl.store import RunFolder
+
+    store = RunFolder(str(full_run))
+    for row in rows(full_run):
+        batch = store.read_batch(row["step"])
+        assert batch is not None
+        lags = [row["step"] - 1 - pair.policy_version for pair in batch.pairs]
+        assert all(0 <= lag <= 1 for lag in lags)
+        assert row["lag"] == pytest.approx(sum(lags) / len(lags))
+        assert row["lag_max"] == max(lags)
+
+
+def test_pairs_load_as_a_preference_set_and_come_back_unchanged(full_run: Path) -> None:
+    from datasets import load_dataset
+
+    from rl.store import RunFolder
+
+    batch = RunFolder(str(full_run)).read_batch(1)
+    assert batch is not None
+    table = load_dataset("parquet", data_files=str(full_run / "pairs/step-00001.parquet"), split="train")
+    assert {"prompt", "chosen", "rejected", "images"} <= set(table.column_names)
+    assert len(table) == len(batch.pairs)
+    for row, pair in zip(table, batch.pairs, strict=True):
+        assert row["chosen"][0]["content"][0]["text"] == pair.completions.chosen.text
+        assert len(row["images"]) == len(pair.prompt.images)
+        assert pair.reference_logps is not None
+        assert pair.margin >= 2
+        assert all(len(one.logps) == len(one.token_ids) for one in pair.completions)
+        assert pair.completions.chosen.text != pair.completions.rejected.text
+
+
+def test_the_first_update_starts_from_the_reference(full_run: Path) -> None:
+    first = rows(full_run)[0]
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-3)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows(full_run)[-1]["kl"] > 1e-6
+
+
+def test_the_model_folder_loads_in_transformers_and_differs_from_the_base(full_run: Path) -> None:
+    import torch
+
+    from rl.policy import load_model, resolve_model
+
+    base = load_model(resolve_model("rl/world/base"), "float32").state_dict()
+    aligned = load_model(str(full_run / "model"), "float32").state_dict()
+    assert set(aligned) == set(base)
+    changed = {name for name in base if not torch.equal(base[name], aligned[name])}
+    assert any("language_model" in name for name in changed)
+    assert not any("vision_tower" in name for name in changed), "the vision tower is frozen"
+
+
+def test_the_report_needs_nothing_from_outside(full_run: Path) -> None:
+    page = (full_run / "report.html").read_text()
+    assert page.count("<svg") >= 10
+    assert "data:image/png;base64," in page
+    for outside in ('src="http', 'href="http', "@import", "<script src"):
+        assert outside not in page
+
+
+def test_a_full_folder_is_not_written_over_by_accident(full_run: Path, small_config: Path) -> None:
+    before = (full_run / "summary.json").read_text()
+    outcome = raylign("align", str(small_config), f"run.dir={full_run}")
+    assert outcome.code == 4
+    assert "is not empty" in outcome.output
+    assert "--resume" in outcome.output
+    assert (full_run / "summary.json").read_text() == before
+
+
+def test_strictly_on_policy_with_adapters_two_workers_and_accumulation(
+    cluster: Cluster, small_config: Path, tmp_path: Path
+) -> None:
+    """LoRA, IPO, `max_lag` 0, two engines, several passes per step, recomputed activations."""
+    outcome = raylign(
+        "align",
+        str(small_config),
+        f"run.dir={tmp_path / 'run'}",
+        f"cluster.address={cluster.address}",
+        "loop.max_lag=0",
+        "loop.steps=2",
+        "rollout.workers=2",
+        "policy.lora={rank: 8, alpha: 16}",
+        "policy.gradient_checkpointing=true",
+        "loss.kind=ipo",
+        "learner.optimizer.learning_rate=3e-3",
+        "learner.optimizer.tokens_per_microbatch=300",
+    )
+    folder = tmp_path / "run"
+    assert outcome.code == 0, outcome.output + logs(folder)
+    assert [row["lag_max"] for row in rows(folder)] == [0, 0]
+    assert rows(folder)[-1]["kl"] > 1e-7, "the adapter must have moved the policy"
+    assert summary(folder)["probe_max_abs_diff"] <= 1e-4
+    assert (folder / "model/adapter_model.safetensors").is_file()
+    assert not (folder / "model/model.safetensors").exists()
+    merged = _merge(folder)
+    assert merged
+
+
+def _merge(folder: Path) -> bool:
+    """Whether the adapter, merged into its base, changes it."""
+    import torch
+
+    from rl.policy import load_model, merge_adapter, resolve_model
+
+    base = resolve_model("rl/world/base")
+    merged = merge_adapter(base, folder / "model", folder / "merged", "float32")
+    before, after = load_model(base, "float32").state_dict(), load_model(str(merged), "float32").state_dict()
+    return any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_stopped_run_saves_and_resumes_where_it_was(cluster: Cluster, small_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ("align", str(small_config), f"run.dir={folder}", f"cluster.address={cluster.address}")
+    process = start(*arguments, "loop.steps=40")
+    seen = read_until(process, "3/40")
+    stopped = interrupt(process)
+    assert stopped.code == 130, seen + stopped.output
+    assert "--resume" in stopped.output
+    reached = summary(folder)["policy_version"]
+    assert 3 <= reached < 40
+    assert json.loads((folder / "status.json").read_text()) == {"state": "stopped"}
+    assert (folder / "model/model.safetensors").is_file()
+
+    resumed = raylign(*arguments, f"loop.steps={reached + 2}", "--resume")
+    assert resumed.code == 0, resumed.output + logs(folder)
+    assert f"resuming after step {reached}" in resumed.output
+    table = rows(folder)
+    assert [row["step"] for row in table] == list(range(1, reached + 3))
+    assert summary(folder)["policy_version"] == reached + 2
+    assert summary(folder)["probe_max_abs_diff"] <= 1e-4
+    ends = [
+        json.loads((folder / f"pairs/step-{step:05d}.json").read_text())["prompts_end"]
+        for step in range(1, reached + 3)
+    ]
+    counts = [
+        json.loads((folder / f"pairs/step-{step:05d}.json").read_text())["counts"]["prompts"]
+        for step in range(1, reached + 3)
+    ]
+    assert ends == [sum(counts[: index + 1]) for index in range(len(counts))], "no prompt is lost or used twice"

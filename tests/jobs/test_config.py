@@ -1,0 +1,119 @@
+"""Config: strict, and every refusal one sentence that helps."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.errors import ConfigError
+from jobs.config import CONFIGS, describe_fields, dump_config, load_config
+from rl.config import AlignConfig
+from rl.supervised import SftConfig
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> str:
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    return str(path)
+
+
+def refusal(path: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(AlignConfig, path, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_defaults_need_no_field(empty: str) -> None:
+    assert load_config(AlignConfig, empty, []) == AlignConfig()
+
+
+def test_dotted_overrides_reach_nested_fields_with_yaml_values(empty: str) -> None:
+    config = load_config(
+        AlignConfig, empty, ["loop.steps=7", "policy.lora.rank=4", "policy.freeze=[]", "loss.kind=ipo"]
+    )
+    assert config.loop.steps == 7
+    assert config.policy.lora is not None
+    assert config.policy.lora.rank == 4
+    assert config.policy.freeze == ()
+    assert config.loss.kind == "ipo"
+
+
+def test_a_dumped_config_loads_as_the_same_config(empty: str, tmp_path: Path) -> None:
+    config = load_config(
+        AlignConfig, empty, ["seed=3", "policy.lora={rank: 2}", "learner.optimizer.learning_rate=1e-5"]
+    )
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(AlignConfig, str(tmp_path / "again.yaml"), []) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    model = SftConfig if "output" in yaml.safe_load(path.read_text()) else AlignConfig
+    load_config(model, str(path), [])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("loop.stepz=3", "loop.stepz is not a field of the config; did you mean loop.steps?"),
+        ("learner.optimizer.lr=3", "did you mean learner.optimizer"),
+        ("loop.steps=many", "loop.steps is 'many'"),
+        ("loop.steps=0", "loop.steps is 0"),
+        ("loss.kind=dpo", "loss.kind is 'dpo', but: input should be 'sigmoid' or 'ipo'"),
+        ("data.kind=web", "'files'"),
+        ("data={kind: files, train: a.jsonl}", "data.heldout is required"),
+        ("data={kind: files, train: a, heldout: b, prompts: 3}", "data.prompts is not a field"),
+        ("loop.steps", "not of the form key=value"),
+        ("loop.steps.more=3", "not a section"),
+        ("loop.sync_every=3", "set loop.max_lag to 2 or more"),
+        ("rollout.sampling.completions=1", "a pair needs two"),
+        ("rollout.sampling.temperature=0", "set it above 0"),
+        ("weights.transfer=nccl", "use object_store on CPUs"),
+        ("rollout.sampling.max_tokens=5000", "leaves no room for a prompt"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(empty: str, override: str, says: str) -> None:
+    base = ["loop.steps=3"] if override == "loop.steps.more=3" else []
+    assert says in refusal(empty, *base, override)
+
+
+def test_label_smoothing_with_ipo_is_refused(empty: str) -> None:
+    assert "sigmoid only" in refusal(empty, "loss.kind=ipo", "loss.label_smoothing=0.1")
+
+
+def test_several_faults_are_all_named(empty: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(AlignConfig, empty, ["loop.steps=0", "sed=1"])
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("[1, 2]", "must hold a mapping"), ("a: [", "is not YAML"), ("\x00", "is not YAML")]
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert says in refusal(str(path))
+
+
+def test_a_missing_file_names_the_shipped_ones() -> None:
+    assert "demo.yaml" in refusal("nothing.yaml")
+
+
+def test_every_field_is_documented() -> None:
+    def undocumented(model: type, prefix: str = "") -> list[str]:
+        from jobs.config import _models
+
+        missing = []
+        for name, field in model.model_fields.items():  # type: ignore[attr-defined]
+            missing += [] if field.description else [prefix + name]
+            for nested in _models(field.annotation):
+                missing += undocumented(nested, f"{prefix}{name}.")
+        return missing
+
+    assert undocumented(AlignConfig) + undocumented(SftConfig) == []
+    text = "\n".join(describe_fields(AlignConfig))
+    assert "learner.optimizer.learning_rate" in text
+    assert "policy.lora.rank" in text

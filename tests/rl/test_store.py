@@ -1,0 +1,76 @@
+"""The run folder: what is written comes back, on disks and behind fsspec alike."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import DataError
+from rl.store import RunFolder
+from rl.types import PairBatch, PairValues
+from tests.conftest import make_pair, make_prompt
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> RunFolder:
+    address = str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4()}/run"
+    folder = RunFolder(address)
+    folder.create(overwrite=False, resume=False)
+    return folder
+
+
+def test_pairs_come_back_as_they_were_written(folder: RunFolder) -> None:
+    scored = make_pair(
+        reference_logps=PairValues(-1.5, -2.25), reference_version="v", prompt=make_prompt(truth={"a": [1]})
+    )
+    text_only = make_pair(prompt=make_prompt("How are you?", None, reference_answer="well"))
+    batch = PairBatch(7, (scored, text_only), 96, {"ties": 2}, {"sampling": 1.5})
+    folder.write_batch(batch)
+    assert folder.read_batch(7) == batch
+
+
+def test_a_step_without_its_last_file_does_not_count(folder: RunFolder) -> None:
+    folder.write_batch(PairBatch(1, (make_pair(),), 1))
+    folder.filesystem.rm(folder.path("pairs/step-00001.json"))
+    assert folder.read_batch(1) is None
+
+
+def test_rows_are_appended_and_cut_back_on_resume(folder: RunFolder) -> None:
+    for step in (1, 2, 3):
+        folder.append_row("metrics.jsonl", {"step": step})
+    folder.keep_rows("metrics.jsonl", 2)
+    assert folder.rows("metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_folder_is_uploaded_with_its_subfolders_and_replaces_the_one_before(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    local = tmp_path / "local"
+    (local / "deep").mkdir(parents=True)
+    (local / "deep" / "a.txt").write_text("new")
+    folder.write_text("model/old.txt", "old")
+    folder.upload(local, "model")
+    assert not folder.exists("model/old.txt")
+    assert folder.filesystem.cat_file(folder.path("model/deep/a.txt")) == b"new"
+
+
+def test_a_run_is_only_overwritten_when_asked(folder: RunFolder) -> None:
+    folder.write_text("config.yaml", "seed: 0")
+    with pytest.raises(DataError, match="is not empty.*--resume.*--overwrite"):
+        folder.create(overwrite=False, resume=False)
+    folder.create(overwrite=False, resume=True)
+    assert folder.exists("config.yaml")
+    folder.create(overwrite=True, resume=False)
+    assert not folder.exists("config.yaml")
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(folder: RunFolder) -> None:
+    folder.write_text("thesis.txt", "years of work")
+    with pytest.raises(DataError, match="is not a run folder"):
+        folder.create(overwrite=True, resume=False)
+    assert folder.exists("thesis.txt")
+
+
+def test_nothing_to_resume_is_said(folder: RunFolder) -> None:
+    with pytest.raises(DataError, match="has no run to resume"):
+        folder.create(overwrite=False, resume=True)
