@@ -12,6 +12,7 @@ EXIT_CODES = """exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 config,
 JOBS = {
     "align": "align a model to preferences, online",
     "sft": "train a model on given answers",
+    "evaluate": "measure a model on the tiny world",
     "serve": "serve the base and the aligned model of a run to OpenAI clients",
     "report": "write report.html of a run anew",
     "doctor": "check what this machine has and lacks",

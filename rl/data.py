@@ -44,7 +44,7 @@ class WorldData(Settings):
 
 class PromptFiles(Settings):
     """Prompts from JSON-lines files: one object per line with `prompt` (text) or `messages`, and optionally
-    `images` (paths relative to the file), `id` and `answer`."""
+    `images` (paths relative to the file), `id`, `answer` and `truth` (ground truth, see rl/world/questions.py)."""
 
     kind: Literal["files"]
     """Which source."""
@@ -96,7 +96,7 @@ def _read_row(line: str, folder: Path, where: str) -> Prompt:
         raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON object is expected, not {type(row).__name__}")
-    if unknown := set(row) - {"id", "prompt", "messages", "images", "answer"}:
+    if unknown := set(row) - {"id", "prompt", "messages", "images", "answer", "truth"}:
         raise DataError(f"{where}: unknown keys {sorted(unknown)}")
     images = [canonicalise(folder / name, where) for name in row.get("images") or []]
     messages = row.get("messages")
@@ -109,7 +109,7 @@ def _read_row(line: str, folder: Path, where: str) -> Prompt:
     placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if placeholders != len(images):
         raise DataError(f"{where}: {placeholders} image parts in `messages` but {len(images)} `images`")
-    return Prompt.make(messages, images, reference_answer=row.get("answer"), id=row.get("id"))
+    return Prompt.make(messages, images, row.get("answer"), row.get("truth"), row.get("id"))
 
 
 def _with_parts(message: Any, where: str) -> dict[str, Any]:

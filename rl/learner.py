@@ -80,7 +80,7 @@ class Learner:
         self._publisher = Publisher(
             config.weights,
             self._model,
-            checkpoint_names(Path(task.model)),
+            checkpoint_names(task.model),
             self._processor,
             task.rollout_workers,
             max(1, int(config.rollout.resources.gpus)),

@@ -168,8 +168,13 @@ def check_public_names(names: Mapping[str, str], checkpoint_names: Iterable[str]
         )
 
 
-def checkpoint_names(folder: Path) -> list[str]:
-    """The weight names of a local safetensors checkpoint, read from its index or headers."""
+def checkpoint_names(model: str) -> list[str]:
+    """The weight names of a safetensors checkpoint, from its index or headers; a hub id is downloaded if need be."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return list(json.loads(index.read_text())["weight_map"])

@@ -31,7 +31,7 @@ class SamplingSettings(Settings):
 
     completions: int = Field(4, ge=1)
     """Completions of each prompt."""
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=2)
     """1 samples from the policy itself; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling; 1 keeps the whole distribution."""

@@ -96,7 +96,9 @@ class Publisher:
         """
         self._send(version)
         expected = self._score(probes)
-        return self._compare(version, probes, expected) if self._rank == 0 else 0.0
+        if self._rank != 0:
+            return 0.0
+        return prove(version, self._workers, probes, expected, self._settings.tolerance)
 
     def _send_adapter(self, version: int) -> None:
         import ray
@@ -123,22 +125,40 @@ class Publisher:
         self._engine.module.train()
         return [row[len(s.prompt_token_ids) - 1 : len(s) - 1].tolist() for row, s in zip(logps, sequences, strict=True)]
 
-    def _compare(self, version: int, probes: Sequence[Probe], expected: list[list[float]]) -> float:
-        import ray
 
-        request = [(probe.prompt, probe.sequence.token_ids) for probe in probes]
-        answers = ray.get([worker.score.remote(request) for worker in self._workers], timeout=RPC_TIMEOUT_S)
-        worst = 0.0
-        for index, scores in enumerate(answers):
-            difference = max_difference(expected, scores)
-            worst = max(worst, difference)
-            if not difference <= self._settings.tolerance:  # a NaN must stop the run too
-                raise WeightSyncError(
-                    f"after publishing policy version {version}, rollout worker {index} scores the probe batch "
-                    f"{difference:.2g} nats per token away from the trainer (weights.tolerance is "
-                    f"{self._settings.tolerance:g}): its weights are not the trainer's, so the run stops"
-                )
-        return worst
+def prove(
+    version: int,
+    workers: Sequence["ActorHandle"],
+    probes: Sequence[Probe],
+    expected: Sequence[Sequence[float]],
+    tolerance: float,
+) -> float:
+    """Have every engine score the probes; returns the largest difference from `expected` in nats per token.
+
+    Raises:
+        WeightSyncError: a difference is above the tolerance, or not a number.
+    """
+    import ray
+
+    request = [(probe.prompt, probe.sequence.token_ids) for probe in probes]
+    answers = ray.get([worker.score.remote(request) for worker in workers], timeout=RPC_TIMEOUT_S)
+    differences = [max_difference(expected, scores) for scores in answers]
+    for index, difference in enumerate(differences):
+        if not difference <= tolerance:  # a NaN must stop the run too
+            raise WeightSyncError(
+                f"after publishing policy version {version}, rollout worker {index} scores the probe batch "
+                f"{difference:.2g} nats per token away from the trainer (weights.tolerance is {tolerance:g}): "
+                f"its weights are not the trainer's, so the run stops"
+            )
+    return max(differences)
+
+
+def max_difference(expected: Sequence[Sequence[float]], scores: Sequence[Sequence[float]]) -> float:
+    """The largest absolute difference over all tokens; NaN if there is any NaN."""
+    import numpy as np
+
+    flat = [np.concatenate([np.asarray(row, dtype=np.float64) for row in rows]) for rows in (expected, scores)]
+    return float(np.max(np.abs(flat[0] - flat[1])))
 
 
 class ObjectStoreSender:
@@ -276,14 +296,6 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])
-
-
-def max_difference(expected: Sequence[Sequence[float]], scores: Sequence[Sequence[float]]) -> float:
-    """The largest absolute difference over all tokens; NaN if there is any NaN."""
-    import numpy as np
-
-    flat = [np.concatenate([np.asarray(row, dtype=np.float64) for row in rows]) for rows in (expected, scores)]
-    return float(np.max(np.abs(flat[0] - flat[1])))
 
 
 def adapter_state(model: "torch.nn.Module", engine: TrainEngine) -> tuple[dict[str, "torch.Tensor"], str]:

@@ -9,7 +9,7 @@ from cluster.errors import ClusterError
 
 
 def test_an_unreachable_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1:1"):
+    with pytest.raises(ClusterError, match=r"nothing answers at 127\.0\.0\.1:1"):
         connect(ClusterSettings(address="127.0.0.1:1"))
 
 

@@ -15,7 +15,8 @@ from rl.config import AlignConfig
 @pytest.mark.parametrize("arguments", [["--help"], *([job, "--help"] for job in JOBS)], ids=" ".join)
 def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom jobs.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "import sys\nfrom jobs.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "heavy = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -25,7 +25,7 @@ BASE = Path(resolve_model("rl/world/base"))
 
 def test_memory_and_checkpoint_names_pair_off_completely() -> None:
     names = public_names(load_model(str(BASE), "float32"))
-    stored = checkpoint_names(BASE)
+    stored = checkpoint_names(str(BASE))
     check_public_names(names, stored)
     assert sorted(names.values()) == sorted(stored)
     assert any(name.startswith("vision_tower.vision_model.") for name in stored)

@@ -56,7 +56,7 @@ def test_a_folder_is_uploaded_with_its_subfolders_and_replaces_the_one_before(
 
 def test_a_run_is_only_overwritten_when_asked(folder: RunFolder) -> None:
     folder.write_text("config.yaml", "seed: 0")
-    with pytest.raises(DataError, match="is not empty.*--resume.*--overwrite"):
+    with pytest.raises(DataError, match=r"is not empty.*--resume.*--overwrite"):
         folder.create(overwrite=False, resume=False)
     folder.create(overwrite=False, resume=True)
     assert folder.exists("config.yaml")

@@ -1,0 +1,63 @@
+"""`raylign evaluate MODEL`: what a model does on held-out prompts of the tiny world, as JSON."""
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.connect import ClusterSettings, Role, check_room, connect
+from jobs.cli import EXIT_CODES, run
+from rl.data import WorldData
+from rl.evaluation import Answer, measure
+from rl.judges import OracleSettings
+from rl.policy import PolicySettings, resolve_model
+from rl.rollout import Rollouts, RolloutSettings, RolloutWorker, SamplingSettings
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse the command line, sample and measure; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="raylign evaluate",
+        description="Measure a model on the tiny world; prints JSON.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="model folder, for example rl/world/base or runs/demo/model")
+    parser.add_argument("--scenes", type=int, default=400, help="scenes, five prompts each (default: 400)")
+    parser.add_argument("--split", choices=("validation", "heldout"), default="heldout")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0")
+    options = parser.parse_args(arguments)
+    model = resolve_model(options.model)
+    settings = RolloutSettings()
+    connect(ClusterSettings())
+    check_room([Role("rollout worker", 1, settings.resources)])
+    data = WorldData(prompts=1, heldout_scenes=options.scenes, heldout_split=options.split)
+    sampling = SamplingSettings(completions=1, temperature=options.temperature)
+    print(json.dumps(asyncio.run(evaluate(model, settings, data, sampling, options.seed)), indent=1))
+    return 0
+
+
+async def evaluate(
+    model: str, settings: RolloutSettings, data: WorldData, sampling: SamplingSettings, seed: int
+) -> dict[str, Any]:
+    """All metrics of one answer to each held-out prompt."""
+    import ray
+
+    actor: Any = ray.remote(RolloutWorker).options(num_cpus=settings.resources.cpus)
+    with tempfile.TemporaryDirectory() as folder:
+        log = str(Path(folder) / "rollout.log")
+        rollouts = Rollouts([actor.remote(settings, PolicySettings(model=model), model, "object_store", log)])
+        _, prompts = data.load(seed=0)
+        groups = await rollouts.generate(prompts, sampling, seed)
+    verdicts = await OracleSettings().build().grade(prompts, groups)
+    answers = [Answer(p, group[0], judged[0]) for p, group, judged in zip(prompts, groups, verdicts, strict=True)]
+    return measure(answers, {})
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
