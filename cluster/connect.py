@@ -80,6 +80,7 @@ def connect(settings: ClusterSettings) -> None:
     runtime_env = {"env_vars": environment_variables()}
     if address is None:
         ray.init(
+            address="local",  # never a cluster that happens to run here
             num_cpus=settings.num_cpus,
             object_store_memory=settings.object_store_memory,
             include_dashboard=False,

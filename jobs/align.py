@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 STOP_TIMEOUT_S = 600.0
+START_TIMEOUT_S = 1800.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -97,7 +98,7 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
         first_step = 1
         if resume:
             first_step = _resume_step(folder) + 1
-            folder.keep_rows("metrics.jsonl", first_step - 1)
+            folder.cut_back(first_step - 1)
             console.say(f"resuming after step {first_step - 1}")
         state = _Run(config, model, folder, first_step, console, began).to_the_end()
     finally:
@@ -157,7 +158,12 @@ class _Run:
         on_gpu = learner.resources.gpus > 0
         resources = {"CPU": learner.resources.cpus} | ({"GPU": learner.resources.gpus} if on_gpu else {})
         task = LearnerTask(
-            self._config, self._model, self._folder.address, self._logs, self._sampler, *ray.get(started)
+            self._config,
+            self._model,
+            self._folder.address,
+            self._logs,
+            self._sampler,
+            *ray.get(started, timeout=START_TIMEOUT_S),
         )
         TorchTrainer(
             learn,

@@ -2,13 +2,12 @@
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rl.evaluation import Answer
-from rl.store import RunFolder
+from rl.store import RunFolder, evaluation_file, read_evaluations
 from rl.types import PairBatch
 
 WATCH_S = 1.0
@@ -26,9 +25,7 @@ class Journal:
         self._pending: dict[str, float] = {}
         self._tensorboard = _tensorboard(store)
         self.startup: dict[str, float] = {}
-        self.totals: Counter[str] = Counter()
-        self.last_published = -1
-        self.last_evaluated = -1
+        self.last_evaluated = max((one["version"] for one in read_evaluations(store)), default=-1)
 
     @property
     def age(self) -> float:
@@ -43,16 +40,9 @@ class Journal:
                 self._emit("startup", {"part": name, "seconds": value})
 
     def published(self, version: int, metrics: dict[str, float]) -> None:
-        """The engines hold `version`."""
-        first = self.last_published < 0
-        self.last_published = version
-        worst = max(metrics["probe_max_abs_diff"], float(self.totals.get("probe_max_abs_diff", 0)))
-        self.totals["probe_max_abs_diff"] = worst  # type: ignore[assignment]
-        self.totals["publications"] += 1
-        self._count_seconds(metrics)
-        self._store.append_row("publications.jsonl", {"version": version, **metrics})
-        if first:
-            self.note("startup", first_publication=self.age)
+        """The engines hold `version`: one row of publications.jsonl."""
+        self.note("startup", first_publication=self.age)
+        self._store.append_row("publications.jsonl", {"step": version, **metrics})
         self._emit("published", {"version": version, **metrics})
 
     def updated(self, version: int, metrics: dict[str, float], batch: PairBatch) -> None:
@@ -73,9 +63,6 @@ class Journal:
             "margin": sum(pair.margin for pair in batch.pairs) / len(batch.pairs),
             "time": self.age,
         }
-        self.totals.update(counts)
-        self.totals["updates"] += 1
-        self._count_seconds(row)
         self._store.append_row("metrics.jsonl", row)
         self._scalars(row, version)
         self._emit("step", row)
@@ -83,7 +70,6 @@ class Journal:
     def evaluated(self, version: int, metrics: dict[str, float], answers: Sequence[Answer], seconds: float) -> None:
         """Held-out answers of `version`, kept whole for the report."""
         self.last_evaluated = version
-        self._count_seconds({"seconds_evaluation": seconds})
         rows = [
             {
                 "prompt_id": answer.prompt.id,
@@ -97,18 +83,17 @@ class Journal:
             for answer in answers
         ]
         self._store_images(answers)
-        self._store.write_json(_evaluation(version), {"version": version, "metrics": metrics, "answers": rows})
+        self._store.write_json(
+            evaluation_file(version), {"version": version, "seconds": seconds, "metrics": metrics, "answers": rows}
+        )
         self._scalars({f"eval/{name}": value for name, value in metrics.items()}, version)
         self._emit("evaluation", {"version": version, "seconds": seconds, **metrics})
 
-    def has_evaluation(self, version: int) -> bool:
-        return self._store.exists(_evaluation(version))
-
     def base_scores(self, own: dict[str, float | None]) -> dict[str, float | None]:
         """The base's judge scores by prompt id; `own` if this is the first evaluation, that of the base."""
-        if not self.has_evaluation(0):
+        if not self._store.exists(evaluation_file(0)):
             return own
-        answers = self._store.read_json(_evaluation(0))["answers"]
+        answers = self._store.read_json(evaluation_file(0))["answers"]
         return {row["prompt_id"]: row["judgement"]["score"] for row in answers}
 
     async def wait(self, after: int) -> list[dict[str, Any]]:
@@ -128,11 +113,6 @@ class Journal:
             if not self._store.exists(f"evaluations/images/{name}.png"):
                 self._store.write_bytes(f"evaluations/images/{name}.png", image.png)
 
-    def _count_seconds(self, metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            if name.startswith("seconds_"):
-                self.totals[name] += value
-
     def _emit(self, kind: str, values: dict[str, Any]) -> None:
         self._events.append({"kind": kind, **values})
         self._new.set()
@@ -142,10 +122,6 @@ class Journal:
             if isinstance(value, int | float) and name not in ("step", "policy_version"):
                 self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, step)
         self._tensorboard.flush()
-
-
-def _evaluation(version: int) -> str:
-    return f"evaluations/version-{version:05d}.json"
 
 
 def _tensorboard(store: RunFolder) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import log_to_file
+from cluster.errors import DataError
 from cluster.memory import PeakMemory
 from rl.config import AlignConfig
 from rl.data import PromptStream, check_prompts
@@ -91,7 +92,7 @@ class SamplingHalf:
             if pairs:
                 break
         else:
-            raise RuntimeError(
+            raise DataError(
                 f"step {step}: {counts['prompts']} prompts in a row made no pair ({dict(counts)}); lower pairs.margin, "
                 f"raise rollout.sampling.completions or temperature, or check the judge"
             )
@@ -160,7 +161,6 @@ class SamplingHalf:
             await self.evaluate(self.rollouts.version)
         return {
             "version": self.rollouts.version,
-            "totals": self.journal.totals,
             "startup": self.journal.startup,
             "peak_memory_bytes": self.memory.stop(),
         }
@@ -207,7 +207,8 @@ class SamplingHalf:
         self.journal.evaluated(version, metrics, answers, time.perf_counter() - started)
 
     async def _welcome(self, version: int) -> None:
-        if version % self.config.loop.eval_every == 0 and not self.journal.has_evaluation(version):
+        every = self.config.loop.eval_every
+        if version // every > self.journal.last_evaluated // every:
             await self.evaluate(version)
         async with self._version:
             self._ready_version = version

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rl.store import RunFolder
-from rl.summary import read_evaluations
+from rl.store import RunFolder, read_evaluations
 
 GALLERY_SIZE = 24
 TEMPLATE = "report.html.j2"

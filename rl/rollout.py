@@ -50,7 +50,7 @@ class RolloutSettings(Settings):
     """How completions are drawn for training."""
     max_sequences: int = Field(256, ge=1)
     """Sequences one engine decodes at the same time."""
-    cpu_cache_gib: float = Field(0.5, gt=0)
+    cpu_cache_gib: int = Field(1, ge=1)
     """GiB of key-value cache of an engine on a CPU."""
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1)
     """Share of a GPU's memory one engine takes."""
@@ -68,7 +68,7 @@ class RolloutWorker:
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
             VLLM_CPU_OMP_THREADS_BIND="nobind",
-            VLLM_CPU_KVCACHE_SPACE=str(max(1, round(settings.cpu_cache_gib))),
+            VLLM_CPU_KVCACHE_SPACE=str(settings.cpu_cache_gib),
             OMP_NUM_THREADS=str(settings.resources.threads),
         )
         from transformers import AutoProcessor

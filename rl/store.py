@@ -111,10 +111,14 @@ class RunFolder:
         with self.filesystem.open(self.path(name), encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
-    def keep_rows(self, name: str, steps: int) -> None:
-        """Drop rows of steps after `steps`, which a resumed run makes again."""
-        if rows := self.rows(name):
-            self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= steps))
+    def cut_back(self, step: int) -> None:
+        """Drop rows and evaluations of steps after `step`, which a resumed run makes again; pairs stay, to be used."""
+        for name in ("metrics.jsonl", "publications.jsonl"):
+            if rows := self.rows(name):
+                self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        for evaluation in read_evaluations(self):
+            if evaluation["version"] > step:
+                self.filesystem.rm(self.path(evaluation_file(evaluation["version"])))
 
     def upload(self, folder: Path, name: str) -> None:
         """Copy a local folder into the run folder, replacing what was there."""
@@ -142,6 +146,17 @@ class RunFolder:
             return None
         pairs = tuple(read_pairs(self.filesystem, self.path(f"{name}.parquet")))
         return PairBatch(pairs=pairs, **self.read_json(f"{name}.json"))
+
+
+def evaluation_file(version: int) -> str:
+    """Where the evaluation of a policy version lies in the run folder."""
+    return f"evaluations/version-{version:05d}.json"
+
+
+def read_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    """All evaluations of a run in the order of their policy versions."""
+    names = folder.filesystem.glob(folder.path("evaluations/version-*.json"))
+    return [folder.read_json(f"evaluations/{name.rpartition('/')[2]}") for name in sorted(names)]
 
 
 def write_pairs(pairs: tuple[Pair, ...], filesystem: Any, path: str) -> None:

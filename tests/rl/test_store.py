@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import DataError
-from rl.store import RunFolder
+from rl.store import RunFolder, evaluation_file, read_evaluations
 from rl.types import PairBatch, PairValues
 from tests.conftest import make_pair, make_prompt
 
@@ -38,8 +38,10 @@ def test_a_step_without_its_last_file_does_not_count(folder: RunFolder) -> None:
 def test_rows_are_appended_and_cut_back_on_resume(folder: RunFolder) -> None:
     for step in (1, 2, 3):
         folder.append_row("metrics.jsonl", {"step": step})
-    folder.keep_rows("metrics.jsonl", 2)
+        folder.write_json(evaluation_file(step), {"version": step})
+    folder.cut_back(2)
     assert folder.rows("metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert [one["version"] for one in read_evaluations(folder)] == [1, 2]
 
 
 def test_a_folder_is_uploaded_with_its_subfolders_and_replaces_the_one_before(
