@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -101,6 +102,15 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
             folder.cut_back(first_step - 1)
             console.say(f"resuming after step {first_step - 1}")
         state = _Run(config, model, folder, first_step, console, began).to_the_end()
+    except (RaylignError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        folder.write_text("logs/driver.log", traceback.format_exc())
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise RaylignError(
+            f"{type(error).__name__}: {first[:300]} (the whole trace: {folder.url('logs/driver.log')}; what is in the "
+            f"run folder is kept, and --resume goes on from the last checkpoint)"
+        ) from error
     finally:
         folder.write_json("status.json", {"state": state})
     return 130 if state == "stopped" else 0

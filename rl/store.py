@@ -49,6 +49,8 @@ class RunFolder:
     def create(self, overwrite: bool, resume: bool) -> None:
         """Make the folder ready for a new run, or check that there is one to resume.
 
+        A run that failed before its first pairs has nothing to lose and is replaced without being asked.
+
         Raises:
             DataError: it is not empty and neither flag was given, or there is nothing to resume.
         """
@@ -57,7 +59,8 @@ class RunFolder:
             if not self.exists("config.yaml"):
                 raise DataError(f"run.dir: {self.address} has no run to resume; leave out --resume to start one")
             return
-        if exists and not overwrite:
+        began = exists and (self.exists("pairs") or not self.exists("config.yaml"))
+        if began and not overwrite:
             raise DataError(
                 f"run.dir: {self.address} is not empty; go on with it by --resume, replace it by --overwrite, "
                 f"or give another folder with run.dir=…"

@@ -147,6 +147,26 @@ def _merge(folder: Path) -> bool:
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "code", "says"),
+    [
+        (["rollout.resources.cpus=64"], 5, "asks for 64.75 CPU"),
+        (["cluster.address=127.0.0.1:1"], 5, "nothing answers at 127.0.0.1:1"),
+        (["data={kind: files, train: nothing.jsonl, heldout: nothing.jsonl}"], 4, "nothing.jsonl does not exist"),
+        (["policy.max_length=70"], 4, "takes"),
+    ],
+)
+def test_what_cannot_run_is_refused_and_the_folder_stays_usable(
+    cluster: Cluster, small_config: Path, tmp_path: Path, overrides: list[str], code: int, says: str
+) -> None:
+    arguments = ["align", str(small_config), f"run.dir={tmp_path / 'run'}", f"cluster.address={cluster.address}"]
+    for _ in range(2):
+        outcome = raylign(*arguments, *overrides, limit=120)
+        assert outcome.code == code, outcome.output
+        assert says in outcome.output
+        assert "Traceback" not in outcome.output
+
+
 def test_a_stopped_run_saves_and_resumes_where_it_was(cluster: Cluster, small_config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = ("align", str(small_config), f"run.dir={folder}", f"cluster.address={cluster.address}")

@@ -58,6 +58,7 @@ def test_a_folder_is_uploaded_with_its_subfolders_and_replaces_the_one_before(
 
 def test_a_run_is_only_overwritten_when_asked(folder: RunFolder) -> None:
     folder.write_text("config.yaml", "seed: 0")
+    folder.write_text("pairs/step-00001.json", "{}")
     with pytest.raises(DataError, match=r"is not empty.*--resume.*--overwrite"):
         folder.create(overwrite=False, resume=False)
     folder.create(overwrite=False, resume=True)
@@ -76,3 +77,10 @@ def test_a_folder_that_is_no_run_is_never_overwritten(folder: RunFolder) -> None
 def test_nothing_to_resume_is_said(folder: RunFolder) -> None:
     with pytest.raises(DataError, match="has no run to resume"):
         folder.create(overwrite=False, resume=True)
+
+
+def test_a_run_that_failed_before_its_first_pairs_is_replaced(folder: RunFolder) -> None:
+    folder.write_text("config.yaml", "seed: 0")
+    folder.write_text("logs/sampler.log", "error")
+    folder.create(overwrite=False, resume=False)
+    assert not folder.exists("logs")
