@@ -1,6 +1,7 @@
 """Join a Ray cluster or start a local one; know what it has before asking for it."""
 
 import os
+import secrets
 import socket
 import sys
 from contextlib import suppress
@@ -50,12 +51,11 @@ class Role:
 
 
 def environment_variables() -> dict[str, str]:
-    """What every process of a run must see: no usage reports, quiet libraries, a deliberate auth mode."""
+    """What every process of a run must see: no usage reports, quiet libraries."""
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
         "RAY_TRAIN_V2_ENABLED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "PASSIVE",  # actors share cores; a thread that spins while it waits steals them
@@ -65,18 +65,19 @@ def environment_variables() -> dict[str, str]:
 def connect(settings: ClusterSettings) -> None:
     """Join the cluster at `settings.address`, the one a job runs in, or start one on this machine's loopback.
 
-    A cluster started here has no dashboard and listens on loopback only, so it needs no token; one that is
-    joined keeps its own auth mode, taken from RAY_AUTH_MODE.
+    Ray's own ports are open on every network interface, so a cluster started here has no dashboard and asks for a
+    token, made for this run and kept in memory only. One that is joined has its own mode, given by RAY_AUTH_MODE.
 
     Raises:
         ClusterError: nothing answers at the address within `CONNECT_TIMEOUT_S`.
     """
     os.environ.update(environment_variables())
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    set_auth_mode(joining=address is not None)
     import ray
 
     if ray.is_initialized():
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS")
     runtime_env = {"env_vars": environment_variables()}
     if address is None:
         ray.init(
@@ -97,8 +98,20 @@ def connect(settings: ClusterSettings) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"cluster.address: no Ray cluster at {address!r} ({_first_line(error)}); start one with `ray start --head` "
-            f"or leave cluster.address out to start one for this run"
+            f"or leave cluster.address out to start one for this run; if it asks for a token, set RAY_AUTH_MODE=token "
+            f"and RAY_AUTH_TOKEN"
         ) from error
+
+
+def set_auth_mode(joining: bool) -> None:
+    """Settle RAY_AUTH_MODE where nobody has.
+
+    A cluster that is joined is taken to ask for no token, as `ray start` leaves it; one that is started asks for
+    one, made now unless the environment has one.
+    """
+    mode = os.environ.setdefault("RAY_AUTH_MODE", "disabled" if joining else "token")
+    if mode == "token" and not joining and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def in_job() -> bool:

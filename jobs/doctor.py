@@ -105,7 +105,7 @@ def _writable(address: str) -> str:
 
 
 def _ray(address: str | None) -> str:
-    mode = os.environ.get("RAY_AUTH_MODE", "not set; raylign uses disabled, on loopback only")
+    mode = os.environ.get("RAY_AUTH_MODE", "not set: token for a local cluster, disabled for one that is joined")
     if address is None and "RAY_ADDRESS" not in os.environ:
         return f"no cluster asked for, a local one will be started; RAY_AUTH_MODE {mode}"
     connect(ClusterSettings(address=address))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cluster.connect import ActorResources, ClusterSettings, Role, connect, environment_variables
+from cluster.connect import ActorResources, ClusterSettings, Role, connect, environment_variables, set_auth_mode
 from cluster.errors import ClusterError
 
 
@@ -14,11 +14,18 @@ def test_an_unreachable_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_auth_mode_is_always_set_and_a_person_s_choice_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    assert environment_variables()["RAY_AUTH_MODE"] == "disabled"
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert environment_variables()["RAY_AUTH_MODE"] == "token"
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores them
+        monkeypatch.delenv(name)
+    set_auth_mode(joining=True)
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    set_auth_mode(joining=False)
+    assert os.environ["RAY_AUTH_MODE"] == "disabled", "a person's choice is kept"
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    set_auth_mode(joining=False)
     assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert "RAY_AUTH_TOKEN" not in environment_variables(), "runtime environments are shown by the dashboard"
 
 
 def test_too_much_asked_is_refused_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

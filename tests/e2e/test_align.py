@@ -147,6 +147,21 @@ def _merge(folder: Path) -> bool:
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_gradient_does_not_depend_on_ranks_or_passes(
+    cluster: Cluster, full_run: Path, small_config: Path, tmp_path: Path
+) -> None:
+    """One rank in many passes makes the same first update as two ranks in one."""
+    outcome = raylign(
+        "align", str(small_config), f"run.dir={tmp_path / 'run'}", f"cluster.address={cluster.address}",
+        "learner.workers=1", "learner.optimizer.tokens_per_microbatch=200", "loop.steps=1",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.output + logs(tmp_path / "run")
+    ours, theirs = rows(tmp_path / "run"), rows(full_run)
+    assert ours[0]["pairs"] == theirs[0]["pairs"]
+    assert ours[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=1e-3)
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "code", "says"),
     [
