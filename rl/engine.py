@@ -86,17 +86,18 @@ class TrainEngine:
         """The sharded module; call it on every rank together."""
         return self._engine
 
-    def step(self, losses: Iterable["torch.Tensor"]) -> "StepResult":
-        """Accumulate the gradients of `losses`, one per forward pass, and update.
+    def step(self, losses: Iterator["torch.Tensor"], passes: int) -> "StepResult":
+        """Accumulate the gradients of `passes` losses, one per forward pass, and update.
 
         Losses are taken as they are: the caller divides by the number of pairs in the whole batch and
-        multiplies by the number of ranks, over which DeepSpeed averages. `losses` is iterated lazily, so only
-        one graph is alive at a time.
+        multiplies by the number of ranks, over which DeepSpeed averages. Each loss is asked for only after the
+        backward pass of the one before: one graph is alive at a time, and ZeRO-3 loses gradients otherwise.
         """
         total = 0.0
-        for loss, is_last in _mark_last(losses):
+        for index in range(passes):
+            self._engine.set_gradient_accumulation_boundary(index == passes - 1)
+            loss = next(losses)
             total += float(loss.detach())
-            self._engine.set_gradient_accumulation_boundary(is_last)
             self._engine.backward(loss, scale_wrt_gas=False)
             self._engine.step()
         return StepResult(total, float(self._engine.get_global_grad_norm() or 0.0))
@@ -167,12 +168,3 @@ def prepare_worker(threads: int) -> None:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(threads)
-
-
-def _mark_last(losses: Iterable["torch.Tensor"]) -> Iterator[tuple["torch.Tensor", bool]]:
-    iterator = iter(losses)
-    current = next(iterator)
-    for following in iterator:
-        yield current, False
-        current = following
-    yield current, True

@@ -110,7 +110,7 @@ class Learner:
         plan = plan_microbatches(lengths, self._ranks, optimizer.tokens_per_microbatch)
         sums = _Sums()
         rate = self._engine.learning_rate
-        result = self._engine.step(self._losses(batch.pairs, plan[self._rank], sums))
+        result = self._engine.step(self._losses(batch.pairs, plan[self._rank], sums), len(plan[self._rank]))
         self.version += 1
         metrics = sums.over_ranks(len(batch.pairs), self._engine.device)
         if self._rank == 0:

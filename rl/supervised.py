@@ -88,7 +88,7 @@ def supervise(config: SftConfig) -> None:
         tokens = sum(len(sequence.token_ids) for sequence in batch)
         plan = plan_microbatches([len(sequence) for sequence in batch], ranks, config.optimizer.tokens_per_microbatch)
         shares = [[batch[index] for index in indices] for indices in plan[rank]]
-        result = engine.step(_losses(engine, processor, shares, batch[0], ranks / tokens))
+        result = engine.step(_losses(engine, processor, shares, batch[0], ranks / tokens), len(shares))
         if rank == 0 and (step + 1) % config.log_every == 0:
             row = {"step": step + 1, "loss": round(result.loss, 5), "lr": engine.learning_rate}
             row["seconds"] = round(time.perf_counter() - started, 1)
