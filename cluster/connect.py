@@ -62,6 +62,16 @@ def environment_variables() -> dict[str, str]:
     }
 
 
+def cpu_engine_variables(threads: int, cache_gib: int) -> dict[str, str]:
+    """What a vLLM engine on a CPU must see, lest it bind every core, take half of the memory and want a compiler."""
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(cache_gib),
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+
+
 def connect(settings: ClusterSettings) -> None:
     """Join the cluster at `settings.address`, the one a job runs in, or start one on this machine's loopback.
 

@@ -1,6 +1,5 @@
 """`raylign align CONFIG [key=value …]`: the main job. Starts both halves of the loop, shows what happens, sums up."""
 
-import argparse
 import functools
 import os
 import signal
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import check_room, connect
-from cluster.errors import DataError, RaylignError
-from jobs.cli import EXIT_CODES, run
-from jobs.config import describe_fields, dump_config, load_config
+from cluster.errors import ClusterError, DataError, RaylignError
+from jobs.cli import describe, job_parser, run
+from jobs.config import dump_config, load_config
 from jobs.console import Console
 from jobs.paths import run_address
 from rl.config import AlignConfig
@@ -29,18 +28,12 @@ if TYPE_CHECKING:
 
 STOP_TIMEOUT_S = 600.0
 START_TIMEOUT_S = 1800.0
+SILENCE_TIMEOUT_S = 2 * 3600.0
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and align; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="raylign align",
-        description="Align a model online: sample, judge, pair, score, update, publish.",
-        epilog="fields of the config:\n" + "\n".join(describe_fields(AlignConfig)) + "\n\n" + EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file, for example jobs/configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the config")
+    parser = job_parser("align", "Align a model online: sample, judge, pair, score, update, publish.", AlignConfig)
     parser.add_argument("--dry-run", action="store_true", help="print config, actors and outputs, then stop")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
@@ -106,10 +99,9 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
         raise
     except Exception as error:
         folder.write_text("logs/driver.log", traceback.format_exc())
-        first = (str(error).strip().splitlines() or [""])[0]
         raise RaylignError(
-            f"{type(error).__name__}: {first[:300]} (the whole trace: {folder.url('logs/driver.log')}; what is in the "
-            f"run folder is kept, and --resume goes on from the last checkpoint)"
+            f"{describe(error)} (the whole trace: {folder.url('logs/driver.log')}; what is in the run folder is kept, "
+            f"and --resume goes on from the last checkpoint)"
         ) from error
     finally:
         folder.write_json("status.json", {"state": state})
@@ -134,6 +126,8 @@ class _Run:
         actor: Any = ray.remote(SamplingHalf).options(num_cpus=0, max_concurrency=1000)
         self._sampler: ActorHandle = actor.remote(config, model, folder.address, self._logs, first_step)
         self._failure: BaseException | None = None
+        self._seen = 0
+        self._heard_at = time.monotonic()
 
     def to_the_end(self) -> str:
         """Returns finished or stopped; raises what broke either half."""
@@ -190,9 +184,13 @@ class _Run:
     def _watch(self, learner: threading.Thread, halves: list[Any]) -> None:
         import ray
 
-        self._seen = 0
         asked = False
         while learner.is_alive():
+            if time.monotonic() - self._heard_at > SILENCE_TIMEOUT_S:
+                raise ClusterError(
+                    f"nothing has happened for {SILENCE_TIMEOUT_S / 3600:g} hours: a worker hangs or waits for "
+                    f"resources; look at `ray status` and at the ends of the files in {self._logs}, then --resume"
+                )
             if self._stop_requested.is_set() and not asked:
                 asked = True
                 self._console.say("stopping: the learner finishes its step, then saves (Ctrl-C again to abort)")
@@ -208,6 +206,7 @@ class _Run:
 
         for event in self._unwrapped(lambda: ray.get(self._sampler.events.remote(self._seen), timeout=60)):
             self._seen += 1
+            self._heard_at = time.monotonic()
             self._console.show(event, self._config.loop.steps)
 
     def _request_stop(self) -> None:

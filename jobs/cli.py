@@ -2,9 +2,15 @@
 
 import argparse
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from cluster.errors import RaylignError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 EXIT_CODES = """exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 config, 4 data, 5 cluster, 6 weight sync,
 130 stopped by Ctrl-C (what was done is saved)"""
@@ -39,6 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(importlib.import_module(f"jobs.{arguments[0]}").main, arguments[1:])
 
 
+def job_parser(job: str, description: str, config: "type[BaseModel] | None" = None) -> argparse.ArgumentParser:
+    """A parser for one job. One that reads a config takes its file and overrides, and documents its fields."""
+    from jobs.config import describe_fields
+
+    fields = "fields of the config:\n" + "\n".join(describe_fields(config)) + "\n\n" if config else ""
+    parser = argparse.ArgumentParser(
+        prog=f"raylign {job}",
+        description=description,
+        epilog=fields + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if config:
+        parser.add_argument("config", help="YAML file, for example one of jobs/configs")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the config")
+    return parser
+
+
 def entry() -> None:
     """The console script."""
     sys.exit(main())
@@ -55,6 +78,16 @@ def run(job: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="raylign-error-", suffix=".log", delete=False) as file:
+            traceback.print_exc(file=file)
+        print(f"error: {describe(error)} (the whole trace: {file.name})", file=sys.stderr)
+        return 1
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an unexpected error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 if __name__ == "__main__":

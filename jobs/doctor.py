@@ -1,6 +1,5 @@
 """`raylign doctor`: what a person would be asked for when something does not work."""
 
-import argparse
 import importlib
 import os
 import platform
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from cluster.connect import ClusterSettings, connect, environment_variables
 from cluster.errors import ClusterError, RaylignError
-from jobs.cli import EXIT_CODES, run
+from jobs.cli import job_parser, run
 from jobs.paths import run_address
 
 JUDGE_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY")
@@ -22,12 +21,7 @@ MIN_FREE_GIB = 6
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and report; returns 0 if nothing essential is missing."""
-    parser = argparse.ArgumentParser(
-        prog="raylign doctor",
-        description="Check what this machine has and lacks.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = job_parser("doctor", "Check what this machine has and lacks.")
     parser.add_argument("--address", help="Ray cluster to check, `auto` or host:port; left out, RAY_ADDRESS if set")
     parser.add_argument("--storage", default="runs", help="where runs will be written (default: runs)")
     options = parser.parse_args(arguments)

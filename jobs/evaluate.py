@@ -1,6 +1,5 @@
 """`raylign evaluate MODEL`: what a model does on held-out prompts of the tiny world, as JSON."""
 
-import argparse
 import asyncio
 import json
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.connect import ClusterSettings, Role, check_room, connect
-from jobs.cli import EXIT_CODES, run
+from jobs.cli import job_parser, run
 from rl.data import WorldData
 from rl.evaluation import Answer, measure
 from rl.judges import OracleSettings
@@ -20,12 +19,7 @@ from rl.rollout import Rollouts, RolloutSettings, RolloutWorker, SamplingSetting
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line, sample and measure; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="raylign evaluate",
-        description="Measure a model on the tiny world; prints JSON.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = job_parser("evaluate", "Measure a model on the tiny world; prints JSON.")
     parser.add_argument("model", help="model folder, for example rl/world/base or runs/demo/model")
     parser.add_argument("--scenes", type=int, default=400, help="scenes, five prompts each (default: 400)")
     parser.add_argument("--split", choices=("validation", "heldout"), default="heldout")

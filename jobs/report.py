@@ -1,17 +1,16 @@
 """`raylign report RUN`: write report.html of a run anew."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from jobs.cli import run
+from jobs.cli import job_parser, run
 from jobs.paths import run_address
 from rl.store import RunFolder
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and write the report; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="raylign report", description="Write report.html of a run anew.")
+    parser = job_parser("report", "Write report.html of a run anew.")
     parser.add_argument("run", help="run folder, for example runs/demo")
     options = parser.parse_args(arguments)
     from rl.report import write_report

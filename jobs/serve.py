@@ -1,6 +1,5 @@
 """`raylign serve RUN`: the base and the aligned model of a run, to any OpenAI client."""
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from cluster.connect import ClusterSettings, connect
 from cluster.errors import DataError
-from jobs.cli import EXIT_CODES, run
+from jobs.cli import job_parser, run
 from jobs.config import load_config
 from jobs.paths import run_address
 from rl.config import AlignConfig
@@ -20,12 +19,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and serve until Ctrl-C; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="raylign serve",
-        description="Serve the models `base` and `aligned` of a run to OpenAI clients, until Ctrl-C.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = job_parser("serve", "Serve the models `base` and `aligned` of a run to OpenAI clients, until Ctrl-C.")
     parser.add_argument("run", help="folder of a finished run, for example runs/demo")
     parser.add_argument("--port", type=int, default=8000, help="HTTP port on loopback (default: 8000)")
     parser.add_argument("--address", help="Ray cluster to serve on; left out, one is started here")

@@ -1,13 +1,12 @@
 """`raylign sft CONFIG [key=value …]`: supervised training on given answers."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from cluster.connect import check_room, connect
 from cluster.errors import DataError
-from jobs.cli import EXIT_CODES, run
-from jobs.config import describe_fields, dump_config, load_config
+from jobs.cli import job_parser, run
+from jobs.config import dump_config, load_config
 from jobs.paths import run_address
 from rl.store import RunFolder
 from rl.supervised import SftConfig, supervise
@@ -15,14 +14,7 @@ from rl.supervised import SftConfig, supervise
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and train; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="raylign sft",
-        description="Train a model on given answers.",
-        epilog="fields of the config:\n" + "\n".join(describe_fields(SftConfig)) + "\n\n" + EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file, for example jobs/configs/world-base.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the config")
+    parser = job_parser("sft", "Train a model on given answers.", SftConfig)
     parser.add_argument("--dry-run", action="store_true", help="print the config, then stop")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(SftConfig, options.config, options.overrides)

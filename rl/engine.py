@@ -168,3 +168,8 @@ def prepare_worker(threads: int) -> None:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(threads)
+        import deepspeed.ops
+
+        # Compiled at first use, it needs a C++ compiler, and a process killed meanwhile leaves a lock on which every
+        # later one waits for ever. Gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

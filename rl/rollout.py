@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from cluster.connect import ActorResources, log_to_file
+from cluster.connect import ActorResources, cpu_engine_variables, log_to_file
 from cluster.errors import WeightSyncError
 from cluster.settings import Settings
 from rl.policy import PolicySettings
@@ -65,12 +65,10 @@ class RolloutWorker:
         self, settings: RolloutSettings, policy: PolicySettings, model: str, backend: TransferBackend, log: str
     ):
         log_to_file(Path(log))
-        os.environ.update(
-            VLLM_ENABLE_V1_MULTIPROCESSING="0",
-            VLLM_CPU_OMP_THREADS_BIND="nobind",
-            VLLM_CPU_KVCACHE_SPACE=str(settings.cpu_cache_gib),
-            OMP_NUM_THREADS=str(settings.resources.threads),
-        )
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        on_cpu = settings.resources.gpus == 0
+        if on_cpu:
+            os.environ.update(cpu_engine_variables(settings.resources.threads, settings.cpu_cache_gib))
         from transformers import AutoProcessor
         from vllm import LLM
 
@@ -88,7 +86,6 @@ class RolloutWorker:
                 # Left open, vLLM wraps the language head too, and then cannot give prompt log-probs on a CPU.
                 "lora_target_modules": list(policy.lora.target_modules),
             }
-        on_cpu = settings.resources.gpus == 0
         ranks = max(1, int(settings.resources.gpus))
         self._engine = LLM(
             model=model,

@@ -79,7 +79,8 @@ class Publisher:
             names = public_names(base)
             tied = ["lm_head.weight"] if base.config.tie_word_embeddings else []
             check_public_names(names, checkpoint_names, tied)
-            sender = SENDERS[settings.transfer](names, base.state_dict(), self._workers, ranks_per_worker, rank)
+            client = RolloutClient(self._workers, ranks_per_worker)
+            sender = SENDERS[settings.transfer](names, base.state_dict(), client, rank)
             self._send = lambda version: sender.send(self._engine)
 
     def connect(self, engine: TrainEngine) -> None:
@@ -161,20 +162,23 @@ def max_difference(expected: Sequence[Sequence[float]], scores: Sequence[Sequenc
     return float(np.max(np.abs(flat[0] - flat[1])))
 
 
-class ObjectStoreSender:
-    """Full weights through Ray's object store, in chunks of `CHUNK_BYTES`, into the engines of rl/transfer.py."""
+class Sender:
+    """Full weights from all trainer ranks to the engines; rank 0 holds the other end."""
 
     def __init__(
-        self,
-        names: Mapping[str, str],
-        weights: Mapping[str, "torch.Tensor"],
-        workers: Sequence["ActorHandle"],
-        ranks_per_worker: int,
-        rank: int,
+        self, names: Mapping[str, str], weights: Mapping[str, "torch.Tensor"], client: "RolloutClient", rank: int
     ):
         """`names` maps in-memory to public names; `weights` are the model's, before it is sharded."""
-        self._names, self._rank = names, rank
-        self._client = RolloutClient(workers, ranks_per_worker)
+        self._names, self._client, self._rank = names, client, rank
+        self._shapes = {name: (weights[name].dtype, tuple(weights[name].shape)) for name in names}
+
+    def send(self, engine: TrainEngine) -> None:
+        """One update round; every rank gathers, rank 0 sends."""
+        raise NotImplementedError
+
+
+class ObjectStoreSender(Sender):
+    """Through Ray's object store, in chunks of `CHUNK_BYTES`, into the engines of rl/transfer.py."""
 
     def send(self, engine: TrainEngine) -> None:
         """One update round; every rank gathers, rank 0 sends."""
@@ -194,29 +198,10 @@ class ObjectStoreSender:
             self._client.finish_weight_update()
 
 
-class NcclSender:
-    """Full weights over vLLM's own NCCL engine; GPUs only."""
+class NcclSender(Sender):
+    """Over vLLM's own NCCL engine; GPUs only."""
 
-    def __init__(
-        self,
-        names: Mapping[str, str],
-        weights: Mapping[str, "torch.Tensor"],
-        workers: Sequence["ActorHandle"],
-        ranks_per_worker: int,
-        rank: int,
-    ):
-        """`names` maps in-memory to public names; `weights` are the model's, before it is sharded."""
-        from vllm.distributed.weight_transfer.base import ParamMeta
-
-        self._names = names
-        self._meta = [
-            ParamMeta(public, weights[name].dtype, tuple(weights[name].shape)) for name, public in names.items()
-        ]
-        self._client = RolloutClient(workers, ranks_per_worker)
-        self._engines_ranks = len(workers) * ranks_per_worker
-        self._rank = rank
-        self._transfer: Any = None
-        self._engine: TrainEngine
+    _transfer: Any = None
 
     def send(self, engine: TrainEngine) -> None:
         """One update round; the first meets the engines."""
@@ -229,7 +214,9 @@ class NcclSender:
 
     def metadata(self) -> "list[ParamMeta]":
         """What iteration will yield, in the same order."""
-        return self._meta
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(self._names[name], *shape) for name, shape in self._shapes.items()]
 
     def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
         for name, tensor in self._engine.full_weights(self._names):
@@ -243,16 +230,13 @@ class NcclSender:
         info = NCCLTrainerInitInfo(
             master_address=ray.util.get_node_ip_address(),
             master_port=_free_port(),
-            world_size=self._engines_ranks + 1,
+            world_size=self._client.ranks + 1,
             rank=self._rank,
         )
         return WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self)
 
 
-SENDERS: "dict[TransferBackend, type[ObjectStoreSender] | type[NcclSender]]" = {
-    "object_store": ObjectStoreSender,
-    "nccl": NcclSender,
-}
+SENDERS: dict[TransferBackend, type[Sender]] = {"object_store": ObjectStoreSender, "nccl": NcclSender}
 
 
 class RolloutClient:
@@ -261,6 +245,11 @@ class RolloutClient:
     def __init__(self, workers: Sequence["ActorHandle"], ranks_per_worker: int):
         self._workers = workers
         self._ranks_per_worker = ranks_per_worker
+
+    @property
+    def ranks(self) -> int:
+        """Processes that receive weights, over all engines."""
+        return len(self._workers) * self._ranks_per_worker
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each engine takes its own span of ranks in the transfer group."""

