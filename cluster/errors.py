@@ -29,3 +29,9 @@ class WeightSyncError(RaylignError):
     """An engine does not hold the weights it was given."""
 
     exit_code = 6
+
+
+class JudgeError(RaylignError):
+    """The judge cannot be asked: it does not answer, refuses the key, or its budget is spent."""
+
+    exit_code = 7

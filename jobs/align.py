@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import check_room, connect
-from cluster.errors import ClusterError, DataError, RaylignError
+from cluster.errors import ClusterError, DataError, JudgeError, RaylignError
 from jobs.cli import describe, job_parser, run
 from jobs.config import dump_config, load_config
 from jobs.console import Console
 from jobs.paths import run_address
 from rl.config import AlignConfig
+from rl.judges import collect_keys
 from rl.policy import resolve_model
 from rl.store import RunFolder
 
@@ -94,7 +95,8 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
             first_step = _resume_step(folder) + 1
             folder.cut_back(first_step - 1)
             console.say(f"resuming after step {first_step - 1}")
-        state = _Run(config, model, folder, first_step, console, began).to_the_end()
+        alignment = _Run(config, model, folder, first_step, console, began)
+        state = alignment.to_the_end()
     except (RaylignError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -105,6 +107,8 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
         ) from error
     finally:
         folder.write_json("status.json", {"state": state})
+    if alignment.refusal is not None:
+        raise alignment.refusal
     return 130 if state == "stopped" else 0
 
 
@@ -124,8 +128,12 @@ class _Run:
         self._first_step = first_step
         self._stop_requested = threading.Event()
         actor: Any = ray.remote(SamplingHalf).options(num_cpus=0, max_concurrency=1000)
-        self._sampler: ActorHandle = actor.remote(config, model, folder.address, self._logs, first_step)
+        self._sampler: ActorHandle = actor.remote(
+            config, model, folder.address, self._logs, first_step, collect_keys(config.judge)
+        )
         self._failure: BaseException | None = None
+        self.refusal: JudgeError | None = None
+        """Why the judge could not be asked any more, if that ended the run."""
         self._seen = 0
         self._heard_at = time.monotonic()
 
@@ -142,6 +150,7 @@ class _Run:
             self._show_events()
         state = "stopped" if results["version"] < self._config.loop.steps else "finished"
         self._summarise(results, state)
+        self.refusal = results["refusal"]
         return state
 
     def _learn(self, started: Any) -> None:

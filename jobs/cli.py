@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 EXIT_CODES = """exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 config, 4 data, 5 cluster, 6 weight sync,
-130 stopped by Ctrl-C (what was done is saved)"""
+7 judge, 130 stopped by Ctrl-C (what was done is saved)"""
 
 JOBS = {
     "align": "align a model to preferences, online",

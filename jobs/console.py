@@ -48,6 +48,8 @@ class Console:
             case "evaluation":
                 shown = ", ".join(f"{name} {event[name]:.3f}" for name in SHOWN_METRICS if name in event)
                 self.say(f"evaluation of version {event['version']}: {shown}")
+            case "warning":
+                self.say(f"warning: {event['text']}")
             case "step":
                 self._flush(steps)
                 self._row = event

@@ -12,7 +12,7 @@ from cluster.connect import ClusterSettings, Role, check_room, connect
 from jobs.cli import job_parser, run
 from rl.data import WorldData
 from rl.evaluation import Answer, measure
-from rl.judges import OracleSettings
+from rl.judges.oracle import OracleJudge
 from rl.policy import PolicySettings, resolve_model
 from rl.rollout import Rollouts, RolloutSettings, RolloutWorker, SamplingSettings
 
@@ -48,7 +48,7 @@ async def evaluate(
         rollouts = Rollouts([actor.remote(settings, PolicySettings(model=model), model, "object_store", log)])
         _, prompts = data.load(seed=0)
         groups = await rollouts.generate(prompts, sampling, seed)
-    verdicts = await OracleSettings().build().grade(prompts, groups)
+    verdicts = await OracleJudge().grade(prompts, groups)
     answers = [Answer(p, group[0], judged[0]) for p, group, judged in zip(prompts, groups, verdicts, strict=True)]
     return measure(answers, {})
 

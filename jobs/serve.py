@@ -1,18 +1,20 @@
 """`raylign serve RUN`: the base and the aligned model of a run, to any OpenAI client."""
 
+import os
+import signal
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.connect import ClusterSettings, connect
+from cluster.connect import ClusterSettings, check_room, connect
 from cluster.errors import DataError
 from jobs.cli import job_parser, run
 from jobs.config import load_config
 from jobs.paths import run_address
 from rl.config import AlignConfig
 from rl.policy import merge_adapter, resolve_model
-from serve.app import ServedModel, run_app
+from serve.app import ServedModel, roles, running_app
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -26,11 +28,18 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     models = served_models(run_address(options.run))
     connect(ClusterSettings(address=options.address))
+    check_room(roles(models))
     print("starting two engines; this takes about a minute on a CPU", flush=True)
-    run_app(models, "127.0.0.1", options.port)
-    print(f"serving {' and '.join(model.name for model in models)} at http://127.0.0.1:{options.port}/v1", flush=True)
-    while True:
-        time.sleep(3600)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set() if not stop.is_set() else os._exit(130))
+    with running_app(models, "127.0.0.1", options.port):
+        names = " and ".join(model.name for model in models)
+        print(f"serving {names} at http://127.0.0.1:{options.port}/v1 until Ctrl-C", flush=True)
+        while not stop.wait(1):
+            pass
+        print("stopping", flush=True)
+    return 130
 
 
 def served_models(folder: str) -> list[ServedModel]:

@@ -105,8 +105,15 @@ class AlignConfig(Settings):
             raise ConfigError("rollout.sampling.temperature is 0, so all completions would be equal: set it above 0")
         if self.weights.transfer == "nccl" and self.rollout.resources.gpus == 0:
             raise ConfigError("weights.transfer is nccl, but rollout.resources.gpus is 0: use object_store on CPUs")
-        if self.loss.kind != "sigmoid" and self.loss.label_smoothing > 0:
-            raise ConfigError(f"loss.label_smoothing works with loss.kind sigmoid only, not {self.loss.kind}")
+        if self.loss.kind != "sigmoid" and (self.loss.label_smoothing > 0 or self.pairs.uncertain):
+            raise ConfigError(
+                f"loss.label_smoothing and pairs.uncertain work with loss.kind sigmoid only, not {self.loss.kind}"
+            )
+        top = self.judge.top_score(sampling.completions)
+        if top is not None and self.pairs.margin > top:
+            raise ConfigError(
+                f"pairs.margin is {self.pairs.margin:g}, but no score of this judge is above {top:g}: lower the margin"
+            )
         return self
 
     @property
@@ -115,5 +122,6 @@ class AlignConfig(Settings):
         return [
             Role("rollout worker", self.rollout.workers, self.rollout.resources),
             Role("reference worker", self.reference.workers, self.reference.resources),
+            *self.judge.roles,
             Role("learner worker", self.learner.workers, self.learner.resources),
         ]

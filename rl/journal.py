@@ -8,7 +8,7 @@ from typing import Any
 
 from rl.evaluation import Answer
 from rl.store import RunFolder, evaluation_file, read_evaluations
-from rl.types import PairBatch
+from rl.types import Completion, PairBatch
 
 WATCH_S = 1.0
 GALLERY_IMAGES = 64
@@ -50,11 +50,13 @@ class Journal:
         counts = {name: batch.counts.get(name, 0) for name in ("pairs", "ties", "identical", "unjudged", "abstentions")}
         seconds = {f"seconds_{name}": value for name, value in batch.seconds.items()}
         lengths = [len(one.token_ids) for pair in batch.pairs for one in pair.completions]
+        judging = {f"judge_{name}": value for name, value in batch.judging.items()}
         row = {
             "step": version,
             "policy_version": version,
             **metrics,
             **counts,
+            **judging,
             **seconds,
             "prompts": batch.counts.get("prompts", 0),
             "mean_length": batch.counts.get("tokens", 0) / max(1, batch.counts.get("completions", 0)),
@@ -89,12 +91,21 @@ class Journal:
         self._scalars({f"eval/{name}": value for name, value in metrics.items()}, version)
         self._emit("evaluation", {"version": version, "seconds": seconds, **metrics})
 
-    def base_scores(self, own: dict[str, float | None]) -> dict[str, float | None]:
-        """The base's judge scores by prompt id; `own` if this is the first evaluation, that of the base."""
+    def base_answers(self) -> dict[str, tuple[Completion, float | None]]:
+        """The base's held-out answers, without their tokens, and scores by prompt id; none before it is evaluated."""
         if not self._store.exists(evaluation_file(0)):
-            return own
-        answers = self._store.read_json(evaluation_file(0))["answers"]
-        return {row["prompt_id"]: row["judgement"]["score"] for row in answers}
+            return {}
+        return {
+            row["prompt_id"]: (
+                Completion(row["prompt_id"], (), (), row["answer"], (), 0, "stop"),
+                row["judgement"]["score"],
+            )
+            for row in self._store.read_json(evaluation_file(0))["answers"]
+        }
+
+    def warn(self, text: str) -> None:
+        """Something a person should know at once."""
+        self._emit("warning", {"text": text})
 
     async def wait(self, after: int) -> list[dict[str, Any]]:
         """Events with a number above `after`; waits up to `WATCH_S` for one."""

@@ -12,8 +12,7 @@ from rl.batching import plan_microbatches
 from rl.config import AlignConfig
 from rl.engine import TrainEngine, prepare_worker
 from rl.policy import adapt, checkpoint_names, load_model, load_processor
-from rl.rollout import to_sequence
-from rl.scoring import collate, token_logps
+from rl.scoring import collate, to_sequence, token_logps
 from rl.store import RunFolder
 from rl.types import Pair, PairBatch, PairValues
 from rl.weights import Probe, Publisher, export_policy
@@ -164,11 +163,14 @@ class Learner:
 
     def _losses(self, pairs: Sequence[Pair], passes: list[list[int]], sums: "_Sums") -> Iterator["torch.Tensor"]:
         """One loss per forward pass. A pass in which this rank has no pair runs a pair with weight zero."""
+        import torch
+
         for indices in passes:
             group = [pairs[index] for index in indices] or [pairs[0]]
             policy = self._pair_logps(group)
             reference = _reference_logps(group, self._engine.device)
-            losses = self._loss(policy, reference)
+            noise = torch.tensor([pair.label_noise for pair in group], device=self._engine.device)
+            losses = self._loss(policy, reference, noise)
             weight = 1.0 if indices else 0.0
             if indices:
                 sums.add(group, losses, policy, reference, self._config.loss.beta)

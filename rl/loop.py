@@ -7,28 +7,32 @@ bounds how far the sampling half may run ahead.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import log_to_file
-from cluster.errors import DataError
+from cluster.errors import DataError, JudgeError
 from cluster.memory import PeakMemory
 from rl.config import AlignConfig
 from rl.data import PromptStream, check_prompts
 from rl.evaluation import Answer, measure
 from rl.journal import Journal
-from rl.pairs import make_pairs
+from rl.judges import Judge, JudgeContext
+from rl.pairs import UncertainPairs, make_pairs
 from rl.policy import load_processor
 from rl.queue import BatchQueue
 from rl.reference import Reference, ReferenceWorker, model_version
-from rl.rollout import Rollouts, RolloutWorker, SamplingSettings, to_sequence
+from rl.render import written_completion
+from rl.rollout import Rollouts, RolloutWorker, SamplingSettings
+from rl.scoring import to_sequence
 from rl.store import RunFolder
-from rl.types import Pair, PairBatch
+from rl.types import Completion, Pair, PairBatch, Prompt
 from rl.weights import Probe
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
     from ray.actor import ActorHandle
 
 START_TIMEOUT_S = 900.0
@@ -38,7 +42,10 @@ MAX_EMPTY_ROUNDS = 20
 class SamplingHalf:
     """Makes the pairs of every step. Used as an async Ray actor."""
 
-    def __init__(self, config: AlignConfig, model: str, folder: str, logs: str, first_step: int):
+    def __init__(
+        self, config: AlignConfig, model: str, folder: str, logs: str, first_step: int, keys: "Mapping[str, SecretStr]"
+    ):
+        """`keys` are the judge's API keys by the name of their environment variable."""
         log_to_file(Path(logs) / "sampler.log")
         self.config = config
         self.model = model
@@ -47,9 +54,11 @@ class SamplingHalf:
         self.journal = Journal(self.store)
         self.memory = PeakMemory()
         self.queue = BatchQueue(capacity=config.loop.max_lag + 1, first_step=first_step)
-        self.judge = config.judge.build()
+        self.uncertain = UncertainPairs(config.pairs.uncertain) if config.pairs.uncertain else None
+        self.keys = keys
         self.first_step = first_step
         self.stopping = False
+        self.refusal: JudgeError | None = None
         self._version = asyncio.Condition()
         self._ready_version = -1
         self._engines = asyncio.Lock()
@@ -61,7 +70,12 @@ class SamplingHalf:
             await self._wait_for_version(max(0, step - 1 - loop.max_lag))
             if self.stopping:
                 break
-            batch = self.store.read_batch(step) or await self.make_batch(step)
+            try:
+                batch = self.store.read_batch(step) or await self.make_batch(step)
+            except JudgeError as error:  # the learner finishes what there is
+                self.journal.warn(str(error))
+                self.refusal = error
+                break
             self.reference.remember(batch.pairs)
             self.prompts.position = batch.prompts_end
             await self.queue.put(batch)
@@ -79,6 +93,11 @@ class SamplingHalf:
                 completions = await self.rollouts.generate(
                     prompts, self.config.rollout.sampling, self._seed(step, attempt)
                 )
+            if self.config.pairs.rule == "best_vs_reference":
+                completions = [
+                    [*group, *_reference_answer(prompt, self.processor)]
+                    for prompt, group in zip(prompts, completions, strict=True)
+                ]
             async with timer.phase("judging"):
                 judgements = await self.judge.grade(prompts, completions)
             made, tally = make_pairs(prompts, completions, judgements, self.config.pairs)
@@ -96,7 +115,10 @@ class SamplingHalf:
                 f"step {step}: {counts['prompts']} prompts in a row made no pair ({dict(counts)}); lower pairs.margin, "
                 f"raise rollout.sampling.completions or temperature, or check the judge"
             )
-        batch = PairBatch(step, tuple(pairs), self.prompts.position, dict(counts), timer.seconds)
+        if self.uncertain:
+            pairs = self.uncertain.mark(pairs)
+        judging = {**self.judge.tally, "cost": self.judge.cost}
+        batch = PairBatch(step, tuple(pairs), self.prompts.position, dict(counts), timer.seconds, judging)
         self.store.write_batch(batch)
         return batch
 
@@ -117,10 +139,10 @@ class SamplingHalf:
             log = str(self.logs / f"rollout-{index}.log")
             worker = actor.remote(rollout, config.policy, self.model, config.weights.transfer, log)
             rollout_workers.append(worker)
-        processor = await asyncio.to_thread(load_processor, self.model)
+        self.processor = await asyncio.to_thread(load_processor, self.model)
         training, self.heldout = await asyncio.to_thread(config.data.load, config.seed)
         room = config.policy.max_length - max(rollout.sampling.max_tokens, config.loop.eval_max_tokens)
-        await asyncio.to_thread(check_prompts, [*training, *self.heldout], processor, room, rollout.max_images)
+        await asyncio.to_thread(check_prompts, [*training, *self.heldout], self.processor, room, rollout.max_images)
         self.prompts = PromptStream(training, config.seed, self._resume_position())
         self.journal.note("startup", prompts=self.journal.age)
         self.rollouts = Rollouts(rollout_workers)
@@ -139,6 +161,8 @@ class SamplingHalf:
             ],
             model_version(self.model),
         )
+        context = JudgeContext(self.logs, self.keys, self.reference.logps)
+        self.judge: Judge = config.judge.build(context)
         if self.first_step == 1:  # the engines hold version 0 as they loaded it; the first publication proves it
             self._welcoming = asyncio.create_task(self._welcome(0))
         return rollout_workers, probes
@@ -163,6 +187,7 @@ class SamplingHalf:
             "version": self.rollouts.version,
             "startup": self.journal.startup,
             "peak_memory_bytes": self.memory.stop(),
+            "refusal": self.refusal,
         }
 
     # What the learner calls.
@@ -197,13 +222,25 @@ class SamplingHalf:
         greedy = SamplingSettings(completions=1, temperature=0, max_tokens=self.config.loop.eval_max_tokens)
         async with self._engines:
             groups = await self.rollouts.generate(self.heldout, greedy, 0)
-        verdicts = await self.judge.grade(self.heldout, groups)
+        base = self.journal.base_answers()
+        if not self.judge.absolute:  # then the base's answers must be judged again, beside the new ones
+            groups = [
+                [group[0], base[p.id][0] if base else group[0]] for p, group in zip(self.heldout, groups, strict=True)
+            ]
+        try:
+            verdicts = await self.judge.grade(self.heldout, groups)
+        except JudgeError as error:
+            self.journal.warn(f"version {version} is not evaluated: {error}")
+            return
         answers = [
             Answer(prompt, group[0], judged[0])
             for prompt, group, judged in zip(self.heldout, groups, verdicts, strict=True)
         ]
-        scores = {answer.prompt.id: answer.judgement.score for answer in answers}
-        metrics = measure(answers, self.journal.base_scores(scores))
+        base_scores = {
+            prompt.id: base[prompt.id][1] if base and self.judge.absolute else judged[-1].score
+            for prompt, judged in zip(self.heldout, verdicts, strict=True)
+        }
+        metrics = measure(answers, base_scores)
         self.journal.evaluated(version, metrics, answers, time.perf_counter() - started)
 
     async def _welcome(self, version: int) -> None:
@@ -225,6 +262,10 @@ class SamplingHalf:
     def _resume_position(self) -> int:
         before = self.store.read_batch(self.first_step - 1) if self.first_step > 1 else None
         return before.prompts_end if before else 0
+
+
+def _reference_answer(prompt: Prompt, processor: Any) -> list[Completion]:
+    return [written_completion(prompt, prompt.reference_answer, processor)] if prompt.reference_answer else []
 
 
 class PhaseTimer:

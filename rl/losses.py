@@ -28,11 +28,11 @@ class LossSettings(Settings):
     """Assumed share of wrongly ordered pairs; `sigmoid` only."""
 
     def build(self) -> "PairLoss":
-        """The loss as a function of policy and reference log-probs."""
-        return lambda policy, reference: LOSSES[self.kind](log_ratio_margin(policy, reference), self)
+        """The loss as a function of policy and reference log-probs and each pair's own label noise."""
+        return lambda policy, reference, noise: LOSSES[self.kind](log_ratio_margin(policy, reference), noise, self)
 
 
-PairLoss = Callable[["PairValues[Tensor]", "PairValues[Tensor]"], "Tensor"]
+PairLoss = Callable[["PairValues[Tensor]", "PairValues[Tensor]", "Tensor"], "Tensor"]
 
 
 def log_ratio_margin(policy: "PairValues[Tensor]", reference: "PairValues[Tensor]") -> "Tensor":
@@ -43,10 +43,10 @@ def log_ratio_margin(policy: "PairValues[Tensor]", reference: "PairValues[Tensor
     return (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
 
 
-def dpo_loss(margin: "Tensor", beta: float, label_smoothing: float = 0.0) -> "Tensor":
+def dpo_loss(margin: "Tensor", beta: float, label_smoothing: "Tensor | float" = 0.0) -> "Tensor":
     """-(1-e) log sigmoid(beta margin) - e log sigmoid(-beta margin), [batch].
 
-    Rafailov et al. 2023, eq. 7; with label smoothing e, Mitchell 2023 (conservative DPO).
+    Rafailov et al. 2023, eq. 7; with label smoothing e, one for all or one per pair, Mitchell 2023 (conservative DPO).
     """
     from torch.nn.functional import logsigmoid
 
@@ -58,7 +58,9 @@ def ipo_loss(margin: "Tensor", beta: float) -> "Tensor":
     return (margin - 1 / (2 * beta)) ** 2
 
 
-LOSSES: dict[LossName, "Callable[[Tensor, LossSettings], Tensor]"] = {
-    "sigmoid": lambda margin, settings: dpo_loss(margin, settings.beta, settings.label_smoothing),
-    "ipo": lambda margin, settings: ipo_loss(margin, settings.beta),
+LOSSES: dict[LossName, "Callable[[Tensor, Tensor, LossSettings], Tensor]"] = {
+    "sigmoid": lambda margin, noise, settings: dpo_loss(
+        margin, settings.beta, noise.clamp(min=settings.label_smoothing)
+    ),
+    "ipo": lambda margin, noise, settings: ipo_loss(margin, settings.beta),
 }

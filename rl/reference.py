@@ -14,9 +14,9 @@ from cluster.settings import Settings
 from rl.batching import plan_microbatches
 from rl.engine import prepare_worker
 from rl.policy import PolicySettings
-from rl.rollout import CALL_TIMEOUT_S, to_sequence
-from rl.scoring import ScoredSequence
-from rl.types import Pair, PairValues
+from rl.rollout import CALL_TIMEOUT_S
+from rl.scoring import ScoredSequence, to_sequence
+from rl.types import Completion, Pair, PairValues, Prompt
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -82,7 +82,15 @@ class Reference:
 
     async def score(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs with `reference_logps` filled in."""
-        sequences = [to_sequence(pair.prompt, completion) for pair in pairs for completion in pair.completions]
+        logps = await self.logps([(pair.prompt, one) for pair in pairs for one in pair.completions])
+        return [
+            dataclasses.replace(pair, reference_logps=PairValues(chosen, rejected), reference_version=self._version)
+            for pair, chosen, rejected in zip(pairs, logps[::2], logps[1::2], strict=True)
+        ]
+
+    async def logps(self, completions: Sequence[tuple[Prompt, Completion]]) -> list[float]:
+        """The summed log-prob of each completion under the reference, in nats."""
+        sequences = [to_sequence(prompt, completion) for prompt, completion in completions]
         keys = [self._key(sequence) for sequence in sequences]
         missing = [index for index, key in enumerate(keys) if key not in self._known]
         shares = [missing[index :: len(self._workers)] for index in range(len(self._workers))]
@@ -95,11 +103,7 @@ class Reference:
             filter(None, shares), await asyncio.wait_for(asyncio.gather(*calls), CALL_TIMEOUT_S), strict=True
         ):
             self._known.update((keys[index], logp) for index, logp in zip(share, sums, strict=True))
-        logps = [self._known[key] for key in keys]
-        return [
-            dataclasses.replace(pair, reference_logps=PairValues(chosen, rejected), reference_version=self._version)
-            for pair, chosen, rejected in zip(pairs, logps[::2], logps[1::2], strict=True)
-        ]
+        return [self._known[key] for key in keys]
 
     def _key(self, sequence: ScoredSequence) -> str:
         digests = [image.digest for image in sequence.images]

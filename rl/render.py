@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rl.types import Prompt
+from rl.types import WRITTEN, Completion, Prompt
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -35,3 +35,18 @@ def expanded_length(prompt: Prompt, processor: "ProcessorMixin") -> int:
     """Tokens of the prompt with its images, without decoding any."""
     plain = len(prompt_token_ids(prompt, processor, expand_images=False))
     return plain + sum(count - 1 for count in image_token_counts(prompt, processor))
+
+
+def written_completion(prompt: Prompt, text: str, processor: "ProcessorMixin") -> Completion:
+    """An answer that nobody sampled, as tokens closed by the end-of-turn token; it has no sampler log-probs."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return Completion(
+        prompt_id=prompt.id,
+        prompt_token_ids=prompt_token_ids(prompt, processor, expand_images=True),
+        token_ids=(*ids, tokenizer.eos_token_id),
+        text=text,
+        logps=(),
+        policy_version=0,
+        finish_reason=WRITTEN,
+    )

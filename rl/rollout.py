@@ -16,7 +16,6 @@ from cluster.errors import WeightSyncError
 from cluster.settings import Settings
 from rl.policy import PolicySettings
 from rl.render import prompt_token_ids
-from rl.scoring import ScoredSequence
 from rl.types import Completion, Prompt
 from rl.weights import TransferBackend
 
@@ -232,11 +231,6 @@ def placeholder_tokens(hf_config: Any) -> list[int]:
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     ids = {getattr(hf_config, name, None) for name in names}
     return sorted(token for token in ids if isinstance(token, int))
-
-
-def to_sequence(prompt: Prompt, completion: Completion) -> ScoredSequence:
-    """A completion as tokens to score, exactly those the engine saw and sampled."""
-    return ScoredSequence(completion.prompt_token_ids, completion.token_ids, prompt.images)
 
 
 def _completion(prompt: Prompt, prompt_ids: Iterable[int], sample: Any, version: int) -> Completion:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from rl.images import CanonicalImage
+from rl.types import Completion, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,11 @@ class ScoredSequence:
 
     def __len__(self) -> int:
         return len(self.prompt_token_ids) + len(self.token_ids)
+
+
+def to_sequence(prompt: Prompt, completion: Completion) -> ScoredSequence:
+    """A completion as tokens to score, exactly those the engine saw and sampled."""
+    return ScoredSequence(completion.prompt_token_ids, completion.token_ids, prompt.images)
 
 
 class Batch(NamedTuple):

@@ -199,6 +199,7 @@ def _to_row(pair: Pair) -> dict[str, Any]:
         "source": pair.source,
         "policy_version": pair.policy_version,
         "reference_version": pair.reference_version,
+        "label_noise": pair.label_noise,
     }
     for index, side in enumerate(SIDES):
         completion, judgement = pair.completions[index], pair.judgements[index]
@@ -253,6 +254,7 @@ def _from_row(row: dict[str, Any]) -> Pair:
         policy_version=row["policy_version"],
         reference_logps=PairValues(*(row[f"{side}_reference_logp"] for side in SIDES)) if scored else None,
         reference_version=row["reference_version"],
+        label_noise=row["label_noise"],
     )
 
 
@@ -277,6 +279,7 @@ def _features() -> Any:
         "source": Value("string"),
         "policy_version": Value("int64"),
         "reference_version": Value("string"),
+        "label_noise": Value("float64"),
         "judge": Value("string"),
         "judge_prompt_hash": Value("string"),
     }

@@ -14,15 +14,13 @@ from cluster.settings import Settings
 from rl.batching import plan_microbatches
 from rl.engine import OptimizerSettings, TrainEngine, prepare_worker
 from rl.policy import PolicySettings, adapt, load_model, load_processor, resolve_model
-from rl.render import prompt_token_ids
-from rl.scoring import ScoredSequence, collate, token_logps
+from rl.render import written_completion
+from rl.scoring import ScoredSequence, collate, to_sequence, token_logps
 from rl.weights import export_policy
 
 if TYPE_CHECKING:
     import torch
     from transformers import ProcessorMixin
-
-    from rl.types import Prompt
 
 
 class SftConfig(Settings):
@@ -116,13 +114,4 @@ def _examples(config: SftConfig, processor: "ProcessorMixin") -> "Iterator[Score
     from rl.world.training_text import training_examples
 
     for prompt, answer in training_examples(config.seed):
-        yield to_sequence(prompt, answer, processor)
-
-
-def to_sequence(prompt: "Prompt", answer: str, processor: "ProcessorMixin") -> ScoredSequence:
-    """The prompt and its answer as tokens, the answer closed by the end-of-turn token."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    ids = tokenizer(answer, add_special_tokens=False).input_ids
-    return ScoredSequence(
-        prompt_token_ids(prompt, processor, expand_images=True), (*ids, tokenizer.eos_token_id), prompt.images
-    )
+        yield to_sequence(prompt, written_completion(prompt, answer, processor))

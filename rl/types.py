@@ -12,6 +12,8 @@ Message = dict[str, Any]
 """An OpenAI chat message whose content is a list of {"type": "text", "text": …} and {"type": "image"} parts."""
 
 T = TypeVar("T")
+WRITTEN = "written"
+"""`finish_reason` of a completion that nobody sampled, such as a reference answer."""
 Source = Literal["online", "offline"]
 
 
@@ -77,8 +79,8 @@ class Judgement:
     score: float | None
     """Higher is better, comparable only within the prompt's completions; None if the judge abstained.
 
-    A graded judge gives `graded_score(attributes)`; a pairwise judge 1 to the winner and 0 to the loser,
-    or 0 to both for a tie.
+    A graded judge gives `graded_score(attributes)`; a pairwise judge the number of the other answers that this
+    one beats, a tie counting half.
     """
     attributes: Attributes | None
     reason: str
@@ -112,6 +114,8 @@ class Pair:
     reference_logps: PairValues[float] | None = None
     """Summed log-probs under the reference, in nats; None until the reference has scored the pair."""
     reference_version: str = ""
+    label_noise: float = 0.0
+    """Assumed probability that the order is wrong."""
 
 
 @dataclass(frozen=True)
@@ -125,3 +129,5 @@ class PairBatch:
     counts: dict[str, int] = field(default_factory=dict)
     """prompts, completions and tokens sampled, and the outcomes of `make_pairs`."""
     seconds: dict[str, float] = field(default_factory=dict)
+    judging: dict[str, float] = field(default_factory=dict)
+    """The judge's tally and cost up to and with this batch."""

@@ -1,8 +1,65 @@
-"""Judges: who says which completion is better. A new judge is one file here and one line in `JudgeSettings`."""
+"""Judges: who says which completion is better. A new judge is one file here and one name in `SingleJudge`."""
 
-from rl.judges.base import Judge
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cluster.connect import Role
+from cluster.settings import Settings
+from rl.judges.base import Judge, JudgeBase, JudgeContext, collect_keys
+from rl.judges.ensemble import EnsembleJudge
+from rl.judges.gemini import GeminiSettings
+from rl.judges.implicit import ImplicitSettings
+from rl.judges.openai_compatible import OpenAISettings
 from rl.judges.oracle import OracleSettings
+from rl.judges.reward import RewardSettings
+from rl.judges.rules import RulesSettings
 
-JudgeSettings = OracleSettings
+SingleJudge = Annotated[
+    OracleSettings | GeminiSettings | OpenAISettings | RewardSettings | ImplicitSettings | RulesSettings,
+    Field(discriminator="kind"),
+]
 
-__all__ = ["Judge", "JudgeSettings", "OracleSettings"]
+
+class Member(Settings):
+    """One judge of an ensemble."""
+
+    judge: SingleJudge
+    """Any judge but an ensemble."""
+    weight: float = Field(1.0, gt=0)
+    """Of its score, as it is, in the mean."""
+
+
+class EnsembleSettings(JudgeBase):
+    """The weighted mean of several judges' scores; how often two of them disagree is counted."""
+
+    kind: Literal["ensemble"]
+    """Which judge."""
+    members: tuple[Member, ...] = Field(min_length=2)
+    """A list of judges with their weights."""
+
+    @property
+    def roles(self) -> list[Role]:
+        return [role for member in self.members for role in member.judge.roles]
+
+    @property
+    def key_names(self) -> set[str]:
+        return {name for member in self.members for name in member.judge.key_names}
+
+    def build(self, context: JudgeContext) -> EnsembleJudge:
+        """The judge, with its members."""
+        return EnsembleJudge([(member.judge.build(context), member.weight) for member in self.members])
+
+
+JudgeSettings = Annotated[
+    OracleSettings
+    | GeminiSettings
+    | OpenAISettings
+    | RewardSettings
+    | ImplicitSettings
+    | RulesSettings
+    | EnsembleSettings,
+    Field(discriminator="kind"),
+]
+
+__all__ = ["EnsembleSettings", "Judge", "JudgeBase", "JudgeContext", "JudgeSettings", "OracleSettings", "collect_keys"]

@@ -1,8 +1,17 @@
-"""What every judge does."""
+"""What every judge does, and what it is made with."""
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+from pydantic import SecretStr
+
+from cluster.connect import Role
+from cluster.errors import ConfigError
+from cluster.settings import Settings
 from rl.types import Completion, Judgement, Prompt
 
 
@@ -13,10 +22,73 @@ class Judge(Protocol):
     score of what it cannot judge (an abstention), and says why in `reason`.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def absolute(self) -> bool:
+        """Whether scores of different calls can be compared; if not, only those of one prompt in one call can."""
+        ...
+
+    @property
+    def tally(self) -> Counter[str]:
+        """What judging took so far: calls, cached, retries, input_tokens, output_tokens, order_checked,
+        order_consistent, … as far as they mean something for the judge."""
+        ...
+
+    @property
+    def cost(self) -> float:
+        """What judging cost so far, in the currency of the prices in the config."""
+        ...
 
     async def grade(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
     ) -> list[list[Judgement]]:
-        """One judgement per completion, in the shape of `completions`."""
+        """One judgement per completion, in the shape of `completions`.
+
+        Raises:
+            JudgeError: the judge cannot be asked at all: no answer, no permission, no budget left.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class JudgeContext:
+    """What a judge may need beside its settings."""
+
+    logs: Path
+    """Local folder for the logs of actors it starts."""
+    keys: Mapping[str, SecretStr] = field(default_factory=dict)
+    """API keys by the name of their environment variable."""
+    reference_logps: Callable[[Sequence[tuple[Prompt, Completion]]], Awaitable[list[float]]] | None = None
+    """Summed log-probs of completions under the reference, in nats."""
+
+
+class JudgeBase(Settings):
+    """Settings that every judge has."""
+
+    @property
+    def roles(self) -> list[Role]:
+        """The actors the judge starts."""
+        return []
+
+    @property
+    def key_names(self) -> set[str]:
+        """Environment variables with the API keys it needs."""
+        return set()
+
+    def top_score(self, completions: int) -> float | None:
+        """The highest score it can give one of so many completions, None if there is no such."""
+        return None
+
+
+def collect_keys(judge: JudgeBase) -> dict[str, SecretStr]:
+    """The judge's API keys from this process's environment.
+
+    Raises:
+        ConfigError: one is not set.
+    """
+    missing = sorted(name for name in judge.key_names if not os.environ.get(name))
+    if missing:
+        raise ConfigError(f"judge: the environment variable {missing[0]} is not set; put the API key into it")
+    return {name: SecretStr(os.environ[name]) for name in judge.key_names}

@@ -1,20 +1,25 @@
 """The oracle: a judge that knows the truth of the tiny world."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from cluster.settings import Settings
+from rl.judges.base import JudgeBase, JudgeContext
 from rl.types import Completion, Judgement, Prompt, graded_score
 from rl.world.grading import RULES_HASH, grade_answer
 
 
-class OracleSettings(Settings):
+class OracleSettings(JudgeBase):
     """The exact judge of the tiny world; abstains on prompts without ground truth."""
 
     kind: Literal["oracle"] = "oracle"
     """Which judge."""
 
-    def build(self) -> "OracleJudge":
+    def top_score(self, completions: int) -> float | None:
+        return 12.0
+
+    def build(self, context: JudgeContext) -> "OracleJudge":
+        """The judge."""
         return OracleJudge()
 
 
@@ -22,11 +27,17 @@ class OracleJudge:
     """Grades by the scene graph and the true answers."""
 
     name = "oracle"
+    absolute = True
+    cost = 0.0
+
+    def __init__(self) -> None:
+        self.tally: Counter[str] = Counter()
 
     async def grade(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
     ) -> list[list[Judgement]]:
-        """One judgement per completion, in the shape of `completions`."""
+        """See `Judge.grade`."""
+        self.tally["calls"] += len(prompts)
         return [[_judge(prompt, one) for one in group] for prompt, group in zip(prompts, completions, strict=True)]
 
 

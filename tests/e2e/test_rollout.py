@@ -9,8 +9,8 @@ import torch
 from cluster.connect import ActorResources, ClusterSettings, connect
 from cluster.errors import WeightSyncError
 from rl.policy import PolicySettings, load_model, load_processor, public_names, resolve_model
-from rl.rollout import Rollouts, RolloutSettings, RolloutWorker, SamplingSettings, to_sequence
-from rl.scoring import collate, token_logps
+from rl.rollout import Rollouts, RolloutSettings, RolloutWorker, SamplingSettings
+from rl.scoring import collate, to_sequence, token_logps
 from rl.types import Completion, Prompt
 from rl.weights import Probe, RolloutClient, prove
 from rl.world.prompts import evaluation_prompts

@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from rl.policy import load_model, load_processor, resolve_model
-from rl.render import expanded_length, image_token_counts, prompt_token_ids
-from rl.scoring import ScoredSequence, collate, token_logps
-from rl.supervised import to_sequence
+from rl.render import expanded_length, image_token_counts, prompt_token_ids, written_completion
+from rl.scoring import ScoredSequence, collate, to_sequence, token_logps
 from rl.world.prompts import evaluation_prompts
 from tests.conftest import make_prompt
 
 CPU = torch.device("cpu")
+
+
+def written(prompt, text, processor) -> ScoredSequence:
+    return to_sequence(prompt, written_completion(prompt, text, processor))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def processor():
 @pytest.fixture(scope="module")
 def sequences(processor) -> list[ScoredSequence]:
     prompts = evaluation_prompts(4, seed=0)
-    return [to_sequence(prompt, prompt.reference_answer or "", processor) for prompt in prompts]
+    return [written(prompt, prompt.reference_answer or "", processor) for prompt in prompts]
 
 
 def score(model, processor, sequences: list[ScoredSequence], run_vision: bool = False) -> list[torch.Tensor]:
@@ -65,7 +68,7 @@ def test_another_picture_changes_the_score(model, processor, sequences: list[Sco
 
 def test_a_batch_without_images_runs_the_tower_on_a_filler_that_changes_nothing(model, processor) -> None:
     prompt = make_prompt("Copy: b c d", None)
-    sequence = to_sequence(prompt, "b c d.", processor)
+    sequence = written(prompt, "b c d.", processor)
     plain, filled = collate([sequence], processor, False), collate([sequence], processor, True)
     assert not plain.images
     assert filled.fillers == 1
@@ -77,7 +80,7 @@ def test_a_batch_without_images_runs_the_tower_on_a_filler_that_changes_nothing(
 
 def test_a_filler_reaches_the_tower_in_backward_with_zero_gradient(processor) -> None:
     model = load_model(resolve_model("rl/world/base"), "float32")
-    sequence = to_sequence(make_prompt("Copy: b c d", None), "b c d.", processor)
+    sequence = written(make_prompt("Copy: b c d", None), "b c d.", processor)
     token_logps(model, collate([sequence], processor, True), CPU).sum().backward()
     gradients = [p.grad for name, p in model.named_parameters() if "multi_modal_projector" in name]
     assert all(gradient is not None and gradient.abs().max() == 0 for gradient in gradients)
