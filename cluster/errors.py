@@ -35,3 +35,19 @@ class JudgeError(RaylignError):
     """The judge cannot be asked: it does not answer, refuses the key, or its budget is spent."""
 
     exit_code = 7
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error of ours inside what Ray wrapped around it, if there is one."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        current = queue.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, RaylignError) and type(current) in RaylignError.__subclasses__():
+            return current
+        queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
+        queue += list(getattr(current, "worker_failures", {}).values())
+    return error

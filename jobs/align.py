@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import check_room, connect
-from cluster.errors import ClusterError, DataError, JudgeError, RaylignError
+from cluster.errors import ClusterError, DataError, JudgeError, RaylignError, root_cause
 from jobs.cli import describe, job_parser, run
 from jobs.config import dump_config, load_config
 from jobs.console import Console
@@ -208,7 +208,7 @@ class _Run:
             done, halves = ray.wait(halves, num_returns=len(halves), timeout=0) if halves else ([], [])
             self._unwrapped(functools.partial(ray.get, done))
         if self._failure is not None:
-            raise _root_cause(self._failure)
+            raise root_cause(self._failure)
 
     def _show_events(self) -> None:
         import ray
@@ -237,23 +237,7 @@ class _Run:
         try:
             return call()
         except Exception as error:
-            raise _root_cause(error) from None
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The error of ours inside what Ray wrapped around it, if there is one."""
-    seen: set[int] = set()
-    queue: list[BaseException | None] = [error]
-    while queue:
-        current = queue.pop(0)
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, RaylignError) and type(current) in RaylignError.__subclasses__():
-            return current
-        queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
-        queue += list(getattr(current, "worker_failures", {}).values())
-    return error
+            raise root_cause(error) from None
 
 
 def _resume_step(folder: RunFolder) -> int:

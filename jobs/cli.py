@@ -17,6 +17,8 @@ EXIT_CODES = """exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 config,
 
 JOBS = {
     "align": "align a model to preferences, online",
+    "annotate": "sample a model's answers, have them judged, and make pairs",
+    "export": "write a run's pairs as one preference set in TRL's format",
     "sft": "train a model on given answers",
     "evaluate": "measure a model on the tiny world",
     "serve": "serve the base and the aligned model of a run to OpenAI clients",

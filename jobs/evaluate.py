@@ -10,11 +10,13 @@ from typing import Any
 
 from cluster.connect import ClusterSettings, Role, check_room, connect
 from jobs.cli import job_parser, run
+from rl.answers import with_suffix
 from rl.data import WorldData
 from rl.evaluation import Answer, measure
 from rl.judges.oracle import OracleJudge
 from rl.policy import PolicySettings, resolve_model
-from rl.rollout import Rollouts, RolloutSettings, RolloutWorker, SamplingSettings
+from rl.rollout import Rollouts, RolloutSettings, SamplingSettings, start_rollouts
+from rl.types import Prompt
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,6 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--split", choices=("validation", "heldout"), default="heldout")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0")
+    parser.add_argument("--suffix", help="a line behind every user message, such as a SteerLM model's wanted grades")
     options = parser.parse_args(arguments)
     model = resolve_model(options.model)
     settings = RolloutSettings()
@@ -32,21 +35,19 @@ def main(arguments: Sequence[str]) -> int:
     check_room([Role("rollout worker", 1, settings.resources)])
     data = WorldData(prompts=1, heldout_scenes=options.scenes, heldout_split=options.split)
     sampling = SamplingSettings(completions=1, temperature=options.temperature)
-    print(json.dumps(asyncio.run(evaluate(model, settings, data, sampling, options.seed)), indent=1))
+    _, prompts = data.load(0, lambda faults: None)
+    if options.suffix:
+        prompts = [with_suffix(prompt, options.suffix) for prompt in prompts]
+    print(json.dumps(asyncio.run(evaluate(model, settings, prompts, sampling, options.seed)), indent=1))
     return 0
 
 
 async def evaluate(
-    model: str, settings: RolloutSettings, data: WorldData, sampling: SamplingSettings, seed: int
+    model: str, settings: RolloutSettings, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int
 ) -> dict[str, Any]:
     """All metrics of one answer to each held-out prompt."""
-    import ray
-
-    actor: Any = ray.remote(RolloutWorker).options(num_cpus=settings.resources.cpus)
     with tempfile.TemporaryDirectory() as folder:
-        log = str(Path(folder) / "rollout.log")
-        rollouts = Rollouts([actor.remote(settings, PolicySettings(model=model), model, "object_store", log)])
-        _, prompts = data.load(seed=0)
+        rollouts = Rollouts(start_rollouts(settings, PolicySettings(model=model), model, "object_store", Path(folder)))
         groups = await rollouts.generate(prompts, sampling, seed)
     verdicts = await OracleJudge().grade(prompts, groups)
     answers = [Answer(p, group[0], judged[0]) for p, group, judged in zip(prompts, groups, verdicts, strict=True)]

@@ -13,10 +13,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = job_parser("report", "Write report.html of a run anew.")
     parser.add_argument("run", help="run folder, for example runs/demo")
     options = parser.parse_args(arguments)
+    from rl.quality import write_quality
     from rl.report import write_report
 
     folder = RunFolder(run_address(options.run))
-    write_report(folder)
+    if folder.exists("answers"):
+        write_quality(folder)
+    else:
+        write_report(folder)
     print(folder.url("report.html"))
     return 0
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from cluster.connect import check_room, connect
-from cluster.errors import DataError
+from cluster.errors import DataError, root_cause
 from jobs.cli import job_parser, run
 from jobs.config import dump_config, load_config
 from jobs.paths import run_address
@@ -38,7 +38,7 @@ def train(config: SftConfig) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     on_gpu = config.resources.gpus > 0
-    TorchTrainer(
+    trainer = TorchTrainer(
         supervise,
         train_loop_config=config,
         scaling_config=ScalingConfig(
@@ -48,7 +48,11 @@ def train(config: SftConfig) -> None:
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         run_config=RunConfig(name="ray", storage_path=config.output),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise root_cause(error) from None
 
 
 if __name__ == "__main__":

@@ -1,19 +1,28 @@
 """The whole config of an alignment run, composed from the parts' own settings."""
 
-from pydantic import Field, model_validator
+from typing import Annotated
+
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from cluster.connect import ActorResources, ClusterSettings, Role
 from cluster.errors import ConfigError
 from cluster.settings import Settings
 from rl.data import DataSettings, WorldData
 from rl.engine import OptimizerSettings
-from rl.judges import JudgeSettings, OracleSettings
+from rl.judges import JudgeBase, JudgeSettings, OracleSettings
 from rl.losses import LossSettings
 from rl.pairs import PairSettings
 from rl.policy import PolicySettings
 from rl.reference import ReferenceSettings
-from rl.rollout import RolloutSettings
+from rl.rollout import RolloutSettings, SamplingSettings
+from rl.stored import OfflinePairs
 from rl.weights import WeightSettings
+
+# Online is meant where no kind is given.
+PairsSettings = Annotated[
+    Annotated[PairSettings, Tag("online")] | Annotated[OfflinePairs, Tag("offline")],
+    Discriminator(lambda pairs: pairs.get("kind", "online") if isinstance(pairs, dict) else pairs.kind),
+]
 
 
 class RunSettings(Settings):
@@ -73,8 +82,8 @@ class AlignConfig(Settings):
     """The sampling engines."""
     judge: JudgeSettings = OracleSettings()
     """Who says which completion is better."""
-    pairs: PairSettings = PairSettings()
-    """How pairs are chosen."""
+    pairs: PairsSettings = PairSettings()
+    """Where pairs come from, and how they are chosen."""
     loss: LossSettings = LossSettings()
     """What the learner minimises."""
     reference: ReferenceSettings = ReferenceSettings()
@@ -99,21 +108,14 @@ class AlignConfig(Settings):
                 f"policy.max_length is {self.policy.max_length}, which leaves no room for a prompt beside "
                 f"rollout.sampling.max_tokens {sampling.max_tokens} and loop.eval_max_tokens {loop.eval_max_tokens}"
             )
-        if sampling.completions < 2:
-            raise ConfigError("rollout.sampling.completions is 1, but a pair needs two: set it to 2 or more")
-        if sampling.temperature == 0:
-            raise ConfigError("rollout.sampling.temperature is 0, so all completions would be equal: set it above 0")
         if self.weights.transfer == "nccl" and self.rollout.resources.gpus == 0:
             raise ConfigError("weights.transfer is nccl, but rollout.resources.gpus is 0: use object_store on CPUs")
-        if self.loss.kind != "sigmoid" and (self.loss.label_smoothing > 0 or self.pairs.uncertain):
+        if self.loss.kind != "sigmoid" and (self.loss.label_smoothing > 0 or getattr(self.pairs, "uncertain", None)):
             raise ConfigError(
                 f"loss.label_smoothing and pairs.uncertain work with loss.kind sigmoid only, not {self.loss.kind}"
             )
-        top = self.judge.top_score(sampling.completions)
-        if top is not None and self.pairs.margin > top:
-            raise ConfigError(
-                f"pairs.margin is {self.pairs.margin:g}, but no score of this judge is above {top:g}: lower the margin"
-            )
+        if isinstance(self.pairs, PairSettings):
+            check_judging(self.judge, self.pairs, sampling)
         return self
 
     @property
@@ -125,3 +127,19 @@ class AlignConfig(Settings):
             *self.judge.roles,
             Role("learner worker", self.learner.workers, self.learner.resources),
         ]
+
+
+def check_judging(judge: JudgeBase, pairs: PairSettings, sampling: SamplingSettings) -> None:
+    """Refuse settings with which no pair could ever be made.
+
+    Raises:
+        ConfigError: says which.
+    """
+    candidates = sampling.completions + (pairs.rule == "best_vs_reference")
+    if candidates < 2:
+        raise ConfigError("rollout.sampling.completions is 1, but a pair needs two: set it to 2 or more")
+    if sampling.temperature == 0 and pairs.rule != "best_vs_reference":
+        raise ConfigError("rollout.sampling.temperature is 0, so all completions would be equal: set it above 0")
+    top = judge.top_score(candidates)
+    if top is not None and pairs.margin > top:
+        raise ConfigError(f"pairs.margin is {pairs.margin:g}, but no score of this judge is above {top:g}: lower it")

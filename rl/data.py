@@ -1,15 +1,16 @@
 """Where prompts come from, and the order in which a run uses them."""
 
-import json
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import Field
 
 from cluster.errors import DataError
 from cluster.settings import Settings
+from rl.formats import Fault, FormatName, Record, read_records
 from rl.images import canonicalise
 from rl.render import expanded_length
 from rl.types import Prompt
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 _SHOWN_FAULTS = 5
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+T = TypeVar("T")
+BadRows = Literal["refuse", "skip"]
+Report = Callable[[Sequence[Fault]], None]
+"""Is given the rows that cannot be used, all of them, before anything is raised for them."""
+
+
+class PromptSets(NamedTuple):
+    """What a run trains on and what it is measured on; no image is in both."""
+
+    training: list[Prompt]
+    heldout: list[Prompt]
 
 
 class WorldData(Settings):
@@ -34,92 +47,231 @@ class WorldData(Settings):
     heldout_split: Literal["validation", "heldout"] = "heldout"
     """`validation` for tuning, `heldout` for figures that are reported."""
 
-    def load(self, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-        """Training and held-out prompts. The held-out ones are the same for every seed."""
+    def load(self, seed: int, report: Report) -> PromptSets:
+        """The held-out prompts are the same for every seed."""
         from rl.world.prompts import evaluation_prompts, training_prompts
 
         training = training_prompts(self.prompts, self.language_share, seed)
-        return training, evaluation_prompts(self.heldout_scenes, seed=0, split=self.heldout_split)
+        return PromptSets(training, evaluation_prompts(self.heldout_scenes, seed=0, split=self.heldout_split))
 
 
-class PromptFiles(Settings):
-    """Prompts from JSON-lines files: one object per line with `prompt` (text) or `messages`, and optionally
-    `images` (paths relative to the file), `id`, `answer` and `truth` (ground truth, see rl/world/questions.py)."""
+class FileSettings(Settings):
+    """Rows of files in one of the formats that data sets come in."""
+
+    images: str | None = None
+    """Folder that image names are relative to; left out, the data file's own."""
+    start: int = Field(0, ge=0)
+    """Records to pass over at the beginning of the training file."""
+    limit: int | None = Field(None, ge=1)
+    """Most records taken from the training file; all if left out."""
+    bad_rows: BadRows = "refuse"
+    """What becomes of the run when a row cannot be used; either way bad-rows.jsonl in the run folder lists them all."""
+
+    def records(
+        self, path: str, format: FormatName, field: str, report: Report, start: int = 0, limit: int | None = None
+    ) -> "list[Usable]":
+        """The usable records of a file as prompts.
+
+        Raises:
+            DataError: it is missing, holds none, or has bad rows and they are to be refused.
+        """
+        folder = Path(self.images) if self.images else None
+        usable, faults = [], []
+        try:
+            for index, (file, row, record) in enumerate(read_records(Path(path), format, folder)):
+                if index < start or (limit is not None and index >= start + limit):
+                    continue
+                if isinstance(record, Fault):
+                    faults.append(record)
+                    continue
+                try:
+                    usable.append(Usable(to_prompt(record, Path(path).stem), record))
+                except DataError as error:
+                    faults.append(Fault(file, row, str(error)))
+        except DataError as error:
+            raise DataError(f"{field}: {error}") from error
+        if faults:
+            report(faults)
+        if faults and self.bad_rows == "refuse":
+            more = f" (and {len(faults) - _SHOWN_FAULTS} more)" if len(faults) > _SHOWN_FAULTS else ""
+            shown = "; ".join(map(str, faults[:_SHOWN_FAULTS]))
+            raise DataError(
+                f"{field}: {len(faults)} bad rows: {shown}{more}; mend them, or leave them out with bad_rows=skip"
+            )
+        if not usable:
+            raise DataError(f"{field}: {path} holds no usable row")
+        return usable
+
+
+class Usable(NamedTuple):
+    """A record with its images canonicalised."""
+
+    prompt: Prompt
+    record: Record
+
+
+class PromptFiles(FileSettings):
+    """Prompts from files of the user's."""
 
     kind: Literal["files"]
     """Which source."""
+    format: FormatName = "prompts"
+    """What the rows hold. `prompts` is our own: `prompt` (text) or `messages`, and optionally `images`, `answer`,
+    `id` and `truth` (see rl/world/questions.py)."""
     train: str
-    """File of training prompts."""
-    heldout: str
-    """File of held-out prompts for evaluation."""
+    """File, or folder of files, with training prompts: .jsonl, .json, .csv or .parquet."""
+    heldout: str | None = None
+    """File of held-out prompts for evaluation; left out, a share of the training file."""
+    heldout_share: float = Field(0.1, ge=0, lt=1)
+    """Share held out where there is no file for it; all prompts of an image go to the same side."""
 
-    def load(self, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-        """Training and held-out prompts, images canonicalised.
+    def load(self, seed: int, report: Report) -> PromptSets:
+        """Prompts with their images canonicalised.
 
         Raises:
-            DataError: a file is missing or empty, or rows are bad; the first few are named by row number.
+            DataError: see `FileSettings.records`.
         """
-        return read_prompt_file(Path(self.train), "data.train"), read_prompt_file(Path(self.heldout), "data.heldout")
+        usable = self.records(self.train, self.format, "data.train", report, self.start, self.limit)
+        prompts = [one.prompt for one in usable]
+        if self.heldout is None:
+            return split_by_image(prompts, self.heldout_share)
+        heldout = [one.prompt for one in self.records(self.heldout, self.format, "data.heldout", report)]
+        return without_leaks(prompts, heldout)
 
 
-DataSettings = Annotated[WorldData | PromptFiles, Field(discriminator="kind")]
+class ImageFolder(Settings):
+    """One question about every image of a folder."""
+
+    kind: Literal["image_folder"]
+    """Which source."""
+    path: str
+    """The folder; searched with all folders in it."""
+    question: str
+    """What is asked of each image."""
+    heldout_share: float = Field(0.1, ge=0, lt=1)
+    """Share held out for evaluation."""
+    bad_rows: BadRows = "refuse"
+    """What becomes of the run when an image cannot be read."""
+
+    def load(self, seed: int, report: Report) -> PromptSets:
+        """Prompts in the order of the images' names.
+
+        Raises:
+            DataError: there is no such folder, no image in it, or a bad one and bad ones are to be refused.
+        """
+        folder = Path(self.path)
+        if not folder.is_dir():
+            raise DataError(f"data.path: folder {folder} does not exist")
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        prompts, faults = [], []
+        content = [{"type": "image"}, {"type": "text", "text": self.question}]
+        for row, file in enumerate(files, start=1):
+            try:
+                image = canonicalise(file, file.name)
+                prompts.append(Prompt.make([{"role": "user", "content": content}], [image], source=folder.name))
+            except DataError as error:
+                faults.append(Fault(str(file.relative_to(folder)), row, str(error)))
+        if faults:
+            report(faults)
+            if self.bad_rows == "refuse":
+                raise DataError(f"data.path: {len(faults)} bad images: {faults[0]}; remove them, or set bad_rows=skip")
+        if not prompts:
+            raise DataError(f"data.path: {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        return split_by_image(prompts, self.heldout_share)
 
 
-def read_prompt_file(path: Path, field: str) -> list[Prompt]:
-    """All prompts of a JSON-lines file.
+SingleSource = Annotated[WorldData | PromptFiles | ImageFolder, Field(discriminator="kind")]
+
+
+class MixedPart(Settings):
+    """One source of a mixture."""
+
+    data: SingleSource
+    """Any source but a mixture."""
+    weight: float = Field(1.0, gt=0)
+    """Its share of the training prompts, in proportion to the other weights."""
+
+
+class MixedData(Settings):
+    """Several sources, their prompts mixed by weight in an order that the seed settles."""
+
+    kind: Literal["mixed"]
+    """Which source."""
+    parts: tuple[MixedPart, ...] = Field(min_length=2)
+    """A list of sources with their weights."""
+    prompts: int | None = Field(None, ge=1)
+    """Training prompts in all; left out, as many as the weights allow without using any twice."""
+
+    def load(self, seed: int, report: Report) -> PromptSets:
+        """Drawn from each source without replacement; held out is what each source holds out.
+
+        Raises:
+            DataError: a source has too few prompts for its share of `prompts`.
+        """
+        sets = [part.data.load(seed, report) for part in self.parts]
+        weights = [part.weight / sum(one.weight for one in self.parts) for part in self.parts]
+        most = min(len(one.training) / weight for one, weight in zip(sets, weights, strict=True))
+        total = self.prompts or int(most)
+        rng = np.random.default_rng([seed, 17])
+        drawn: list[Prompt] = []
+        for index, (one, weight) in enumerate(zip(sets, weights, strict=True)):
+            count = round(total * weight)
+            if count > len(one.training):
+                raise DataError(
+                    f"data.parts: part {index + 1} has {len(one.training)} prompts, but its share of {total} is "
+                    f"{count}; lower data.prompts to {int(most)} or change the weights"
+                )
+            drawn += [one.training[i] for i in rng.permutation(len(one.training))[:count]]
+        mixed = [drawn[i] for i in rng.permutation(len(drawn))]
+        return without_leaks(mixed, [prompt for one in sets for prompt in one.heldout])
+
+
+DataSettings = Annotated[WorldData | PromptFiles | ImageFolder | MixedData, Field(discriminator="kind")]
+
+
+def to_prompt(record: Record, source: str) -> Prompt:
+    """The record's prompt, its images canonicalised.
 
     Raises:
-        DataError: see `PromptFiles.load`.
+        DataError: an image is missing or cannot be used.
     """
-    if not path.is_file():
-        raise DataError(f"{field}: prompt file {path} does not exist")
-    prompts, faults = [], []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    prompts.append(_read_row(line, path.parent, f"{path.name} row {number}"))
-                except DataError as error:
-                    faults.append(str(error))
-    if faults:
-        more = f" (and {len(faults) - _SHOWN_FAULTS} more)" if len(faults) > _SHOWN_FAULTS else ""
-        raise DataError(f"{field}: {len(faults)} bad rows: {'; '.join(faults[:_SHOWN_FAULTS])}{more}")
-    if not prompts:
-        raise DataError(f"{field}: prompt file {path} holds no prompts; write one JSON object per line")
-    return prompts
+    images = [canonicalise(image, "image") for image in record.images]
+    return Prompt.make(record.messages, images, record.answer, record.truth, record.id, source)
 
 
-def _read_row(line: str, folder: Path, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is expected, not {type(row).__name__}")
-    if unknown := set(row) - {"id", "prompt", "messages", "images", "answer", "truth"}:
-        raise DataError(f"{where}: unknown keys {sorted(unknown)}")
-    images = [canonicalise(folder / name, where) for name in row.get("images") or []]
-    messages = row.get("messages")
-    if messages is None:
-        text = row.get("prompt")
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: `prompt` must be a non-empty text")
-        messages = [{"role": "user", "content": [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]}]
-    messages = [_with_parts(message, where) for message in messages]
-    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if placeholders != len(images):
-        raise DataError(f"{where}: {placeholders} image parts in `messages` but {len(images)} `images`")
-    return Prompt.make(messages, images, row.get("answer"), row.get("truth"), row.get("id"))
+def split_by_image(prompts: Sequence[Prompt], share: float) -> PromptSets:
+    """Hold out about `share` of the prompts. Which, is settled by what they show (or say, where they show nothing), so
+    that an image never is on both sides, here or in another source; at least one prompt is on either side."""
+    if share == 0:
+        return PromptSets(list(prompts), [])
+    keys = [_split_key(prompt) for prompt in prompts]
+    low, high = min(keys), max(keys)
+    if low == high:
+        raise DataError("data: all prompts show the same image, so none can be held out; give a data.heldout file")
+    held = [key == low or (key < share and key != high) for key in keys]
+    return PromptSets(
+        [prompt for prompt, out in zip(prompts, held, strict=True) if not out],
+        [prompt for prompt, out in zip(prompts, held, strict=True) if out],
+    )
 
 
-def _with_parts(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise DataError(f"{where}: each message needs exactly `role` and `content`")
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or any(part.get("type") not in ("text", "image") for part in parts):
-        raise DataError(f"{where}: message content must be text, or parts of type text or image")
-    return {"role": message["role"], "content": parts}
+def without_leaks(training: Sequence[Prompt], heldout: Sequence[Prompt]) -> PromptSets:
+    """The training prompts that share no image with the held-out ones, and these.
+
+    Raises:
+        DataError: none is left.
+    """
+    seen = {image.digest for prompt in heldout for image in prompt.images}
+    kept = [prompt for prompt in training if not any(image.digest in seen for image in prompt.images)]
+    if not kept:
+        raise DataError("data: every training prompt shows an image of the held-out prompts; hold out other images")
+    return PromptSets(kept, list(heldout))
+
+
+def _split_key(prompt: Prompt) -> float:
+    """A number from 0 to 1 that is the same for all prompts about the same image."""
+    content = prompt.images[0].digest if prompt.images else prompt.text
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:6], "big") / 2**48
 
 
 def check_prompts(prompts: Sequence[Prompt], processor: "ProcessorMixin", room: int, max_images: int) -> None:
@@ -147,25 +299,25 @@ def check_prompts(prompts: Sequence[Prompt], processor: "ProcessorMixin", room: 
             )
 
 
-class PromptStream:
-    """Prompts without end, in a new shuffled order every epoch; position `i` is always the same prompt."""
+class ShuffledStream(Generic[T]):
+    """Items without end, in a new shuffled order every epoch; position `i` is always the same item."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, position: int = 0):
-        self._prompts = prompts
+    def __init__(self, items: Sequence[T], seed: int, position: int = 0):
+        self._items = items
         self._seed = seed
         self.position = position
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts."""
-        taken = [prompt for prompt, _ in zip(self._from(self.position), range(count), strict=False)]
+    def take(self, count: int) -> list[T]:
+        """The next `count` items."""
+        taken = [item for item, _ in zip(self._from(self.position), range(count), strict=False)]
         self.position += count
         return taken
 
-    def _from(self, position: int) -> Iterator[Prompt]:
-        size = len(self._prompts)
+    def _from(self, position: int) -> Iterator[T]:
+        size = len(self._items)
         while True:
             epoch, offset = divmod(position, size)
             order = np.random.default_rng([self._seed, epoch]).permutation(size)
             for index in order[offset:]:
-                yield self._prompts[index]
+                yield self._items[index]
                 position += 1

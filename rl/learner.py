@@ -113,7 +113,7 @@ class Learner:
         self.version += 1
         metrics = sums.over_ranks(len(batch.pairs), self._engine.device)
         if self._rank == 0:
-            lags = [self.version - 1 - pair.policy_version for pair in batch.pairs]
+            lags = [self.version - 1 - pair.policy_version for pair in batch.pairs if pair.source == "online"] or [0]
             metrics |= {
                 "grad_norm": result.grad_norm,
                 "learning_rate": rate,

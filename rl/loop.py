@@ -7,8 +7,9 @@ bounds how far the sampling half may run ahead.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +17,21 @@ from cluster.connect import log_to_file
 from cluster.errors import DataError, JudgeError
 from cluster.memory import PeakMemory
 from rl.config import AlignConfig
-from rl.data import PromptStream, check_prompts
+from rl.data import ShuffledStream, check_prompts
 from rl.evaluation import Answer, measure
+from rl.formats import Fault
 from rl.journal import Journal
 from rl.judges import Judge, JudgeContext
-from rl.pairs import UncertainPairs, make_pairs
+from rl.pairs import PairSettings, UncertainPairs, make_pairs
 from rl.policy import load_processor
 from rl.queue import BatchQueue
-from rl.reference import Reference, ReferenceWorker, model_version
-from rl.render import written_completion
-from rl.rollout import Rollouts, RolloutWorker, SamplingSettings
+from rl.reference import start_reference
+from rl.rollout import Rollouts, SamplingSettings, start_rollouts
 from rl.scoring import to_sequence
 from rl.store import RunFolder
-from rl.types import Completion, Pair, PairBatch, Prompt
+from rl.stored import OfflinePairs
+from rl.tables import Answers
+from rl.types import Pair, PairBatch
 from rl.weights import Probe
 
 if TYPE_CHECKING:
@@ -54,7 +57,8 @@ class SamplingHalf:
         self.journal = Journal(self.store)
         self.memory = PeakMemory()
         self.queue = BatchQueue(capacity=config.loop.max_lag + 1, first_step=first_step)
-        self.uncertain = UncertainPairs(config.pairs.uncertain) if config.pairs.uncertain else None
+        uncertain = config.pairs.uncertain if isinstance(config.pairs, PairSettings) else None
+        self.uncertain = UncertainPairs(uncertain) if uncertain else None
         self.keys = keys
         self.first_step = first_step
         self.stopping = False
@@ -77,30 +81,45 @@ class SamplingHalf:
                 self.refusal = error
                 break
             self.reference.remember(batch.pairs)
-            self.prompts.position = batch.prompts_end
+            self.stream.position = batch.position
             await self.queue.put(batch)
         await self.queue.close()
 
     async def make_batch(self, step: int) -> PairBatch:
-        """The algorithm, one step of it: prompts, rollouts, judge, pairs, reference."""
+        """The pairs of a step, from where the config says, scored under the reference and stored."""
+        settings = self.config.pairs
+        if isinstance(settings, PairSettings):
+            batch = await self.sample_pairs(step, settings)
+        else:
+            batch = await self.take_pairs(step)
+        self.store.write_batch(batch)
+        return batch
+
+    async def take_pairs(self, step: int) -> PairBatch:
+        """Offline: stored pairs, in an order that the seed settles."""
+        timer = PhaseTimer()
+        async with timer.phase("reference"):
+            pairs = await self.reference.score(self.stream.take(self.config.loop.prompts_per_step))
+        return PairBatch(step, tuple(pairs), self.stream.position, {"pairs": len(pairs)}, timer.seconds)
+
+    async def sample_pairs(self, step: int, settings: PairSettings) -> PairBatch:
+        """Online, the algorithm, one step of it: prompts, rollouts, judge, pairs, reference."""
         pairs: list[Pair] = []
         counts: Counter[str] = Counter()
         timer = PhaseTimer()
         self.journal.note("startup", first_rollout=self.journal.age)
         for attempt in range(MAX_EMPTY_ROUNDS):
-            prompts = self.prompts.take(self.config.loop.prompts_per_step)
+            prompts = self.stream.take(self.config.loop.prompts_per_step)
             async with self._engines, timer.phase("sampling"):
                 completions = await self.rollouts.generate(
                     prompts, self.config.rollout.sampling, self._seed(step, attempt)
                 )
-            if self.config.pairs.rule == "best_vs_reference":
-                completions = [
-                    [*group, *_reference_answer(prompt, self.processor)]
-                    for prompt, group in zip(prompts, completions, strict=True)
-                ]
+            if settings.rule == "best_vs_reference":
+                answers = [Answers(prompt, tuple(group)) for prompt, group in zip(prompts, completions, strict=True)]
+                completions = [list(one.with_reference(self.processor).completions) for one in answers]
             async with timer.phase("judging"):
                 judgements = await self.judge.grade(prompts, completions)
-            made, tally = make_pairs(prompts, completions, judgements, self.config.pairs)
+            made, tally = make_pairs(prompts, completions, judgements, settings)
             async with timer.phase("reference"):
                 pairs += await self.reference.score(made)
             sampled = [one for group in completions for one in group]
@@ -117,10 +136,7 @@ class SamplingHalf:
             )
         if self.uncertain:
             pairs = self.uncertain.mark(pairs)
-        judging = {**self.judge.tally, "cost": self.judge.cost}
-        batch = PairBatch(step, tuple(pairs), self.prompts.position, dict(counts), timer.seconds, judging)
-        self.store.write_batch(batch)
-        return batch
+        return PairBatch(step, tuple(pairs), self.stream.position, dict(counts), timer.seconds, self.judge.spent)
 
     # What the driver calls.
 
@@ -129,21 +145,22 @@ class SamplingHalf:
 
         The learner starts after this: on few cores, loading side by side takes far longer than in turn.
         """
-        import ray
-
         config = self.config
+        before = self.store.read_batch(self.first_step - 1) if self.first_step > 1 else None
         rollout, reference = config.rollout, config.reference
-        rollout_workers = []
-        for index in range(rollout.workers):
-            actor = ray.remote(RolloutWorker).options(num_cpus=rollout.resources.cpus, num_gpus=rollout.resources.gpus)
-            log = str(self.logs / f"rollout-{index}.log")
-            worker = actor.remote(rollout, config.policy, self.model, config.weights.transfer, log)
-            rollout_workers.append(worker)
+        rollout_workers = start_rollouts(rollout, config.policy, self.model, config.weights.transfer, self.logs)
         self.processor = await asyncio.to_thread(load_processor, self.model)
-        training, self.heldout = await asyncio.to_thread(config.data.load, config.seed)
+        training, self.heldout = await asyncio.to_thread(config.data.load, config.seed, self.report)
+        if not self.heldout:
+            raise DataError("data: no prompt is held out to measure the policy on; set data.heldout_share above 0")
         room = config.policy.max_length - max(rollout.sampling.max_tokens, config.loop.eval_max_tokens)
         await asyncio.to_thread(check_prompts, [*training, *self.heldout], self.processor, room, rollout.max_images)
-        self.prompts = PromptStream(training, config.seed, self._resume_position())
+        items: Sequence[Any] = training
+        if isinstance(config.pairs, OfflinePairs):
+            items = await asyncio.to_thread(
+                config.pairs.load, config.seed, self.processor, config.policy.max_length, self.heldout, self.report
+            )
+        self.stream: ShuffledStream[Any] = ShuffledStream(items, config.seed, before.position if before else 0)
         self.journal.note("startup", prompts=self.journal.age)
         self.rollouts = Rollouts(rollout_workers)
         probed = training[: config.weights.probes]
@@ -151,21 +168,22 @@ class SamplingHalf:
         answers = await asyncio.wait_for(self.rollouts.generate(probed, greedy, 0), START_TIMEOUT_S)
         probes = [Probe(prompt, to_sequence(prompt, answer)) for prompt, (answer,) in zip(probed, answers, strict=True)]
         self.journal.note("startup", rollout_workers=self.journal.age)
-        reference_actor = ray.remote(ReferenceWorker).options(
-            num_cpus=reference.resources.cpus, num_gpus=reference.resources.gpus
-        )
-        self.reference = Reference(
-            [
-                reference_actor.remote(reference, config.policy, self.model, str(self.logs / f"reference-{index}.log"))
-                for index in range(reference.workers)
-            ],
-            model_version(self.model),
-        )
+        self.reference = start_reference(reference, config.policy, self.model, self.logs)
         context = JudgeContext(self.logs, self.keys, self.reference.logps)
         self.judge: Judge = config.judge.build(context)
+        if before is not None:
+            self.judge.restore(before.judging)
+        if self.uncertain:
+            for step in range(max(1, self.first_step - self.uncertain.window), self.first_step):
+                self.uncertain.observe(earlier.pairs if (earlier := self.store.read_batch(step)) else ())
         if self.first_step == 1:  # the engines hold version 0 as they loaded it; the first publication proves it
             self._welcoming = asyncio.create_task(self._welcome(0))
         return rollout_workers, probes
+
+    def report(self, faults: Sequence[Fault]) -> None:
+        """List rows that cannot be used in bad-rows.jsonl, and say so."""
+        self.store.append_rows("bad-rows.jsonl", [asdict(fault) for fault in faults])
+        self.journal.warn(f"{len(faults)} rows cannot be used; {self.store.url('bad-rows.jsonl')} lists them")
 
     async def stop(self) -> None:
         """Make no more batches; the learner finishes with those that are made."""
@@ -258,14 +276,6 @@ class SamplingHalf:
 
     def _seed(self, step: int, attempt: int) -> int:
         return (self.config.seed * 1_000_003 + step) * MAX_EMPTY_ROUNDS + attempt
-
-    def _resume_position(self) -> int:
-        before = self.store.read_batch(self.first_step - 1) if self.first_step > 1 else None
-        return before.prompts_end if before else 0
-
-
-def _reference_answer(prompt: Prompt, processor: Any) -> list[Completion]:
-    return [written_completion(prompt, prompt.reference_answer, processor)] if prompt.reference_answer else []
 
 
 class PhaseTimer:

@@ -48,8 +48,10 @@ class UncertainSettings(Settings):
 
 
 class PairSettings(Settings):
-    """How pairs are chosen."""
+    """How judged completions make pairs."""
 
+    kind: Literal["online"] = "online"
+    """Where pairs come from: the policy's own completions."""
     rule: Rule = "best_vs_worst"
     """`best_vs_random_below`: rejected is drawn among those at least `margin` lower (arXiv 2402.10884); `all_pairs`:
     every two answers that far apart; `best_vs_reference`: the best answer and the prompt's reference answer, whichever
@@ -116,11 +118,16 @@ class UncertainPairs:
 
     def __init__(self, settings: UncertainSettings):
         self._settings = settings
+        self.window = settings.window
         self._margins: deque[list[float]] = deque(maxlen=settings.window)
 
-    def mark(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """The step's pairs, the uncertain ones with `label_noise` set."""
+    def observe(self, pairs: Sequence[Pair]) -> None:
+        """Take a step's margins into account."""
         self._margins.append([pair.margin for pair in pairs])
+
+    def mark(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The step's pairs, observed, the uncertain ones with `label_noise` set."""
+        self.observe(pairs)
         seen = list(itertools.chain.from_iterable(self._margins))
         if not seen:
             return list(pairs)

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -109,6 +109,17 @@ class Reference:
         digests = [image.digest for image in sequence.images]
         content = repr((self._version, sequence.prompt_token_ids, sequence.token_ids, digests))
         return hashlib.sha256(content.encode()).hexdigest()
+
+
+def start_reference(settings: ReferenceSettings, policy: PolicySettings, model: str, logs: Path) -> Reference:
+    """Start the reference's actors; `logs` is a local folder."""
+    import ray
+
+    actor: Any = ray.remote(ReferenceWorker).options(num_cpus=settings.resources.cpus, num_gpus=settings.resources.gpus)
+    workers = [
+        actor.remote(settings, policy, model, str(logs / f"reference-{index}.log")) for index in range(settings.workers)
+    ]
+    return Reference(workers, model_version(model))
 
 
 def model_version(model: str) -> str:

@@ -1,15 +1,12 @@
 """report.html: one self-contained page about a run, to be opened offline."""
 
 import base64
-import io
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from rl.charts import line_chart, render_page
 from rl.store import RunFolder, read_evaluations
 
 GALLERY_SIZE = 24
-TEMPLATE = "report.html.j2"
 
 # What the table of the report calls each metric, and whether more of it is better (None: neither).
 TABLE: tuple[tuple[str, str, bool | None], ...] = (
@@ -67,16 +64,14 @@ def write_report(folder: RunFolder) -> None:
     Raises:
         DataError: the folder has no summary.json, so it is not a run that ended.
     """
-    from jinja2 import Environment, FileSystemLoader
-
     summary = folder.read_json("summary.json")
     evaluations = read_evaluations(folder)
     rows = folder.rows("metrics.jsonl")
-    charts = [_chart(title, label, rows, "step", lines) for title, label, lines in STEP_CHARTS]
+    charts = [line_chart(title, label, rows, "step", lines) for title, label, lines in STEP_CHARTS]
     points = [{"version": one["version"], **one["metrics"]} for one in evaluations]
-    charts = [_chart(title, label, points, "version", lines) for title, label, lines in EVALUATION_CHARTS] + charts
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = environment.get_template(TEMPLATE).render(
+    charts = [line_chart(title, label, points, "version", lines) for title, label, lines in EVALUATION_CHARTS] + charts
+    page = render_page(
+        "report.html.j2",
         name=folder.address.rstrip("/").rpartition("/")[2],
         summary=summary,
         cards=[row for row in _table(summary) if row["key"] in CARDS],
@@ -118,39 +113,6 @@ def _table(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
-
-
-def _chart(
-    title: str, label: str, rows: Sequence[dict[str, Any]], axis: str, lines: Sequence[tuple[str, str]]
-) -> dict[str, str] | None:
-    """One line chart as inline SVG, or None if no row has any of its columns."""
-    present = [(column, name) for column, name in lines if any(column in row for row in rows)]
-    if not present:
-        return None
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
-        figure, axes = pyplot.subplots(figsize=(4.2, 2.6), layout="constrained")
-        for column, name in present:
-            points = [(row[axis], row[column]) for row in rows if column in row]
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 12 else None, markersize=3.5, label=name)
-        axes.set_xlabel("policy version" if axis == "version" else "step")
-        axes.set_ylabel(label)
-        if label == "share":
-            lowest = min(min(line.get_ydata()) for line in axes.lines)
-            axes.set_ylim(max(0.0, min(lowest - 0.05, 0.8)), 1.02 if lowest > 0.3 else None)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        if len(present) > 1:
-            axes.legend(frameon=False, fontsize=8)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
-    svg = buffer.getvalue()
-    return {"title": title, "svg": svg[svg.index("<svg") :]}
 
 
 def _gallery(folder: RunFolder, base: dict[str, Any], aligned: dict[str, Any]) -> list[dict[str, Any]]:

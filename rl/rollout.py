@@ -226,6 +226,19 @@ class Rollouts:
         return _interleave(answered)
 
 
+def start_rollouts(
+    settings: RolloutSettings, policy: PolicySettings, model: str, backend: TransferBackend, logs: Path
+) -> list["ActorHandle"]:
+    """Start the engines; `logs` is a local folder."""
+    import ray
+
+    actor: Any = ray.remote(RolloutWorker).options(num_cpus=settings.resources.cpus, num_gpus=settings.resources.gpus)
+    return [
+        actor.remote(settings, policy, model, backend, str(logs / f"rollout-{index}.log"))
+        for index in range(settings.workers)
+    ]
+
+
 def placeholder_tokens(hf_config: Any) -> list[int]:
     """Ids of the tokens that stand for images and videos in a prompt."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")

@@ -5,12 +5,13 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from cluster.connect import ActorResources, ClusterSettings, Role, log_to_file
 from cluster.settings import Settings
+from rl.answers import AnswerSettings, WorldText
 from rl.batching import plan_microbatches
 from rl.engine import OptimizerSettings, TrainEngine, prepare_worker
 from rl.policy import PolicySettings, adapt, load_model, load_processor, resolve_model
@@ -34,8 +35,8 @@ class SftConfig(Settings):
     """Optimizer steps."""
     batch_size: int = Field(64, ge=1)
     """Examples in one optimizer step, over all workers."""
-    data: Literal["world"] = "world"
-    """Where prompts and answers come from; `world` is the tiny world's biased training text."""
+    data: AnswerSettings = WorldText()
+    """Where prompts and answers come from."""
     from_scratch: bool = False
     """Start from an untrained LLaVA of the tiny world instead of `policy.model`."""
     log_every: int = Field(50, ge=1)
@@ -111,7 +112,5 @@ def _losses(
 
 
 def _examples(config: SftConfig, processor: "ProcessorMixin") -> "Iterator[ScoredSequence]":
-    from rl.world.training_text import training_examples
-
-    for prompt, answer in training_examples(config.seed):
+    for prompt, answer in config.data.examples(config.seed):
         yield to_sequence(prompt, written_completion(prompt, answer, processor))

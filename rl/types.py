@@ -26,6 +26,8 @@ class Prompt:
     images: tuple[CanonicalImage, ...] = ()
     reference_answer: str | None = None
     truth: dict[str, Any] | None = None
+    source: str = ""
+    """Which data set it comes from."""
 
     @classmethod
     def make(
@@ -35,11 +37,12 @@ class Prompt:
         reference_answer: str | None = None,
         truth: dict[str, Any] | None = None,
         id: str | None = None,
+        source: str = "",
     ) -> Self:
         """A prompt whose id, unless given, is a hash of its messages and image digests."""
         content = json.dumps([list(messages), [image.digest for image in images]], sort_keys=True)
         id = id or hashlib.sha256(content.encode()).hexdigest()[:16]
-        return cls(id, tuple(messages), tuple(images), reference_answer, truth)
+        return cls(id, tuple(messages), tuple(images), reference_answer, truth, source)
 
     @property
     def text(self) -> str:
@@ -124,8 +127,8 @@ class PairBatch:
 
     step: int
     pairs: tuple[Pair, ...]
-    prompts_end: int
-    """How many prompts the run has consumed when this batch was made; resume goes on from here."""
+    position: int
+    """How many prompts, or stored pairs, the run has consumed with this batch; resume goes on from here."""
     counts: dict[str, int] = field(default_factory=dict)
     """prompts, completions and tokens sampled, and the outcomes of `make_pairs`."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -46,6 +46,10 @@ class EnsembleSettings(JudgeBase):
     def key_names(self) -> set[str]:
         return {name for member in self.members for name in member.judge.key_names}
 
+    @property
+    def needs_reference(self) -> bool:
+        return any(member.judge.needs_reference for member in self.members)
+
     def build(self, context: JudgeContext) -> EnsembleJudge:
         """The judge, with its members."""
         return EnsembleJudge([(member.judge.build(context), member.weight) for member in self.members])

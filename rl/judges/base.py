@@ -1,11 +1,11 @@
 """What every judge does, and what it is made with."""
 
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from pydantic import SecretStr
 
@@ -15,32 +15,25 @@ from cluster.settings import Settings
 from rl.types import Completion, Judgement, Prompt
 
 
-class Judge(Protocol):
+class Judge(ABC):
     """Grades all completions of each prompt together; never guesses.
 
     A graded judge fills in attributes; a pairwise judge compares and leaves them None; either gives None as the
     score of what it cannot judge (an abstention), and says why in `reason`.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    absolute = True
+    """Whether scores of different calls can be compared; if not, only those of one prompt in one call can."""
 
-    @property
-    def absolute(self) -> bool:
-        """Whether scores of different calls can be compared; if not, only those of one prompt in one call can."""
-        ...
-
-    @property
-    def tally(self) -> Counter[str]:
+    def __init__(self) -> None:
+        self.tally: Counter[str] = Counter()
         """What judging took so far: calls, cached, retries, input_tokens, output_tokens, order_checked,
         order_consistent, … as far as they mean something for the judge."""
-        ...
-
-    @property
-    def cost(self) -> float:
+        self.cost = 0.0
         """What judging cost so far, in the currency of the prices in the config."""
-        ...
 
+    @abstractmethod
     async def grade(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
     ) -> list[list[Judgement]]:
@@ -49,7 +42,19 @@ class Judge(Protocol):
         Raises:
             JudgeError: the judge cannot be asked at all: no answer, no permission, no budget left.
         """
-        ...
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Tally and cost together, to be stored and given back to `restore`."""
+        return {**self.tally, "cost": self.cost}
+
+    def restore(self, spent: Mapping[str, float]) -> None:
+        """Count on from what an earlier part of the run spent."""
+        self.tally = Counter({name: int(value) for name, value in spent.items() if name != "cost"})
+        self.cost = spent.get("cost", 0.0)
+
+    def stop(self) -> None:  # noqa: B027  (most judges have nothing to wait for)
+        """Ask nothing more; calls under way end, and others raise JudgeError. For judges that wait for others."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,11 @@ class JudgeBase(Settings):
     def key_names(self) -> set[str]:
         """Environment variables with the API keys it needs."""
         return set()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it wants log-probs of the reference model."""
+        return False
 
     def top_score(self, completions: int) -> float | None:
         """The highest score it can give one of so many completions, None if there is no such."""

@@ -2,17 +2,14 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
 
+from rl.judges.base import Judge
 from rl.types import Completion, Judgement, Prompt
 
-if TYPE_CHECKING:
-    from rl.judges.base import Judge
 
-
-class EnsembleJudge:
+class EnsembleJudge(Judge):
     """The weighted mean of its members' scores, each as it is: choose weights that fit their scales.
 
     A member that abstains on any completion of a prompt has no say in that prompt, lest completions be compared
@@ -20,27 +17,31 @@ class EnsembleJudge:
     `compared` pairs of completions that two members both order, those that they order oppositely.
     """
 
-    def __init__(self, members: Sequence[tuple["Judge", float]]):
+    def __init__(self, members: Sequence[tuple[Judge, float]]):
+        super().__init__()
         self.name = "ensemble(" + ", ".join(judge.name for judge, _ in members) + ")"
         self.absolute = all(judge.absolute for judge, _ in members)
         self._members = list(members)
-        self._own: Counter[str] = Counter()
+        self._compared: Counter[str] = Counter()
+        self._before: tuple[Counter[str], float] = (Counter(), 0.0)
 
-    @property
-    def tally(self) -> Counter[str]:
-        """The members' tallies together with the ensemble's own."""
-        return sum((judge.tally for judge, _ in self._members), self._own.copy())
+    def restore(self, spent: Mapping[str, float]) -> None:
+        super().restore(spent)
+        self._before = (self.tally.copy(), self.cost)
 
-    @property
-    def cost(self) -> float:
-        return sum(judge.cost for judge, _ in self._members)
+    def stop(self) -> None:
+        for judge, _ in self._members:
+            judge.stop()
 
     async def grade(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
     ) -> list[list[Judgement]]:
         """See `Judge.grade`."""
         verdicts = await asyncio.gather(*(judge.grade(prompts, completions) for judge, _ in self._members))
-        return [self._mix(groups) for groups in zip(*verdicts, strict=True)]
+        mixed = [self._mix(groups) for groups in zip(*verdicts, strict=True)]
+        self.tally = sum((judge.tally for judge, _ in self._members), self._compared + self._before[0])
+        self.cost = self._before[1] + sum(judge.cost for judge, _ in self._members)
+        return mixed
 
     def _mix(self, groups: Sequence[Sequence[Judgement]]) -> list[Judgement]:
         """`groups` holds one member's judgements of a prompt each."""
@@ -63,8 +64,8 @@ class EnsembleJudge:
         for one, other in combinations(scores, 2):
             for i, j in combinations(range(len(one)), 2):
                 orders = (one[i] - one[j]) * (other[i] - other[j])
-                self._own["compared"] += orders != 0
-                self._own["disagreement"] += orders < 0
+                self._compared["compared"] += orders != 0
+                self._compared["disagreement"] += orders < 0
 
 
 def _short(score: float | None) -> str:

@@ -1,12 +1,11 @@
 """The policy judges itself: DPO's implicit reward (SPA, Kim et al. 2024, arXiv 2406.04412)."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from rl.judges.base import JudgeBase, JudgeContext
+from rl.judges.base import Judge, JudgeBase, JudgeContext
 from rl.judges.instructions import digest
 from rl.types import Completion, Judgement, Prompt
 
@@ -20,21 +19,22 @@ class ImplicitSettings(JudgeBase):
     beta: float = Field(0.1, gt=0)
     """Scale of the reward; `pairs.margin` counts in it."""
 
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
     def build(self, context: JudgeContext) -> "ImplicitJudge":
         """The judge."""
-        assert context.reference_logps is not None
         return ImplicitJudge(self.beta, context)
 
 
-class ImplicitJudge:
+class ImplicitJudge(Judge):
     """Compares the sampler's log-probs with the reference's."""
 
     name = "implicit"
-    absolute = True
 
     def __init__(self, beta: float, context: JudgeContext):
-        self.tally: Counter[str] = Counter()
-        self.cost = 0.0
+        super().__init__()
         self._beta = beta
         assert context.reference_logps is not None
         self._reference_logps = context.reference_logps

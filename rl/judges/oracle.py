@@ -1,10 +1,9 @@
 """The oracle: a judge that knows the truth of the tiny world."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from rl.judges.base import JudgeBase, JudgeContext
+from rl.judges.base import Judge, JudgeBase, JudgeContext
 from rl.types import Completion, Judgement, Prompt, graded_score
 from rl.world.grading import RULES_HASH, grade_answer
 
@@ -23,15 +22,10 @@ class OracleSettings(JudgeBase):
         return OracleJudge()
 
 
-class OracleJudge:
+class OracleJudge(Judge):
     """Grades by the scene graph and the true answers."""
 
     name = "oracle"
-    absolute = True
-    cost = 0.0
-
-    def __init__(self) -> None:
-        self.tally: Counter[str] = Counter()
 
     async def grade(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]

@@ -11,7 +11,6 @@ import math
 import os
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from cluster.errors import JudgeError
 from rl.images import CanonicalImage
-from rl.judges.base import JudgeBase
+from rl.judges.base import Judge, JudgeBase
 from rl.judges.cache import ReplyCache
 from rl.judges.instructions import (
     GRADED,
@@ -146,14 +145,13 @@ class Endpoint(Protocol):
         ...
 
 
-class RemoteJudge:
+class RemoteJudge(Judge):
     """Judges through an endpoint."""
 
     def __init__(self, name: str, settings: RemoteSettings, endpoint: Endpoint):
+        super().__init__()
         self.name = f"{name}:{settings.model}"
         self.absolute = settings.mode == "graded"
-        self.tally: Counter[str] = Counter()
-        self.cost = 0.0
         self._settings = settings
         self._endpoint = endpoint
         self._cache = ReplyCache(Path(os.path.expanduser(settings.cache))) if settings.cache else None
@@ -177,6 +175,10 @@ class RemoteJudge:
         # Once one is refused for good the others stop by themselves; those in flight still come and are kept.
         verdicts = await _all(judge(prompt, answers) for prompt, answers in zip(prompts, texts, strict=True))
         return [[by_text[one.text] for one in answers] for by_text, answers in zip(verdicts, completions, strict=True)]
+
+    def stop(self) -> None:
+        """See `Judge.stop`; the replies that still come are kept in the cache."""
+        self._refused = JudgeError("judge: stopped")
 
     async def _grade_group(self, prompt: Prompt, answers: list[str]) -> dict[str, Judgement]:
         """All answers of a prompt in one call, in an order that says nothing of who wrote them."""

@@ -1,7 +1,6 @@
 """A reward model as a judge: any Hugging Face checkpoint with a sequence-classification head of one output."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +11,7 @@ from cluster.connect import ActorResources, Role, log_to_file
 from cluster.errors import ConfigError, DataError
 from rl.batching import plan_microbatches
 from rl.engine import prepare_worker
-from rl.judges.base import JudgeBase, JudgeContext
+from rl.judges.base import Judge, JudgeBase, JudgeContext
 from rl.judges.instructions import digest
 from rl.policy import Precision, resolve_model
 from rl.types import Completion, Judgement, Prompt
@@ -116,15 +115,12 @@ class RewardWorker:
         return str(self._processor.apply_chat_template(messages, tokenize=False))
 
 
-class RewardJudge:
+class RewardJudge(Judge):
     """Shares the answers among the copies."""
 
-    absolute = True
-    cost = 0.0
-
     def __init__(self, model: str, workers: Sequence["ActorHandle"]):
+        super().__init__()
         self.name = f"reward:{model}"
-        self.tally: Counter[str] = Counter()
         self._workers = list(workers)
 
     async def grade(

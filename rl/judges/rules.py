@@ -1,12 +1,11 @@
 """A judge of one's own: any Python function."""
 
 import importlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from cluster.errors import ConfigError, JudgeError
-from rl.judges.base import JudgeBase, JudgeContext
+from rl.judges.base import Judge, JudgeBase, JudgeContext
 from rl.judges.instructions import digest
 from rl.types import Completion, Judgement, Prompt
 
@@ -31,15 +30,12 @@ class RulesSettings(JudgeBase):
         return RulesJudge(self.function, load_function(self.function))
 
 
-class RulesJudge:
+class RulesJudge(Judge):
     """Asks the function."""
 
-    absolute = True
-
     def __init__(self, name: str, function: Rule):
+        super().__init__()
         self.name = f"rules:{name}"
-        self.tally: Counter[str] = Counter()
-        self.cost = 0.0
         self._function = function
 
     async def grade(

@@ -23,7 +23,7 @@ def to_prompt(question: Question, scene: Scene | None) -> Prompt:
     images = (canonicalise(render(scene), "scene"),) if scene else ()
     content: list[dict[str, str]] = [{"type": "image"} for _ in images] + [{"type": "text", "text": question.text}]
     messages = [{"role": "user", "content": content}]
-    return Prompt.make(messages, images, reference_answer=question.answer, truth=question.truth)
+    return Prompt.make(messages, images, reference_answer=question.answer, truth=question.truth, source="world")
 
 
 def training_prompts(count: int, language_share: float, seed: int, split: Split = "train") -> list[Prompt]:

@@ -203,8 +203,7 @@ def test_a_stopped_run_saves_and_resumes_where_it_was(cluster: Cluster, small_co
     assert summary(folder)["policy_version"] == reached + 2
     assert summary(folder)["probe_max_abs_diff"] <= 1e-4
     ends = [
-        json.loads((folder / f"pairs/step-{step:05d}.json").read_text())["prompts_end"]
-        for step in range(1, reached + 3)
+        json.loads((folder / f"pairs/step-{step:05d}.json").read_text())["position"] for step in range(1, reached + 3)
     ]
     counts = [
         json.loads((folder / f"pairs/step-{step:05d}.json").read_text())["counts"]["prompts"]

@@ -63,7 +63,7 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ("loop.steps=0", "loop.steps is 0"),
         ("loss.kind=dpo", "loss.kind is 'dpo', but: input should be 'sigmoid' or 'ipo'"),
         ("data.kind=web", "'files'"),
-        ("data={kind: files, train: a.jsonl}", "data.heldout is required"),
+        ("data={kind: files}", "data.train is required"),
         ("data={kind: files, train: a, heldout: b, prompts: 3}", "data.prompts is not a field"),
         ("loop.steps", "not of the form key=value"),
         ("loop.steps.more=3", "not a section"),

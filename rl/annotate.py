@@ -1,0 +1,176 @@
+"""Annotation: the policy's own answers, judged and made into pairs, a step of prompts at a time.
+
+What the online loop does without learning. Every step lies on disk before it is judged, and every paid reply in the
+judge's cache before it is used, so that a run can end anywhere and go on with nothing lost or paid for twice.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SecretStr, model_validator
+
+from cluster.connect import ClusterSettings, Role
+from cluster.settings import Settings
+from rl.config import RunSettings, check_judging
+from rl.data import DataSettings, WorldData, check_prompts
+from rl.formats import Fault
+from rl.judges import Judge, JudgeContext, JudgeSettings, OracleSettings
+from rl.pairs import PairSettings, make_pairs
+from rl.policy import PolicySettings, load_processor
+from rl.reference import ReferenceSettings, start_reference
+from rl.rollout import Rollouts, RolloutSettings, start_rollouts
+from rl.store import RunFolder
+from rl.tables import Answers
+from rl.types import PairBatch, Prompt
+
+START_TIMEOUT_S = 900.0
+
+
+class AnnotateConfig(Settings):
+    """A set of pairs from a model's own answers."""
+
+    seed: int = 0
+    """Of sampling and of the order of a mixture."""
+    run: RunSettings = RunSettings(dir="runs/annotate")
+    """Where the answers, pairs and report are written."""
+    prompts_per_step: int = Field(64, ge=1)
+    """Prompts sampled, judged and written together."""
+    policy: PolicySettings = PolicySettings()
+    """The model that answers."""
+    data: DataSettings = WorldData()
+    """Where prompts come from; those held out are not annotated."""
+    rollout: RolloutSettings = RolloutSettings()
+    """The sampling engines."""
+    judge: JudgeSettings = OracleSettings()
+    """Who says which completion is better."""
+    pairs: PairSettings = PairSettings()
+    """How pairs are chosen."""
+    reference: ReferenceSettings = ReferenceSettings()
+    """The frozen model; started only for a judge that needs it."""
+    cluster: ClusterSettings = ClusterSettings()
+    """Which Ray cluster to use."""
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "AnnotateConfig":
+        check_judging(self.judge, self.pairs, self.rollout.sampling)
+        return self
+
+    @property
+    def roles(self) -> list[Role]:
+        """Every kind of actor the job places."""
+        reference = [Role("reference worker", self.reference.workers, self.reference.resources)]
+        return [
+            Role("rollout worker", self.rollout.workers, self.rollout.resources),
+            *(reference if self.judge.needs_reference else []),
+            *self.judge.roles,
+        ]
+
+
+class Annotation:
+    """One run of the job."""
+
+    def __init__(
+        self,
+        config: AnnotateConfig,
+        model: str,
+        folder: RunFolder,
+        logs: Path,
+        keys: dict[str, SecretStr],
+        report: Callable[[Sequence[Fault]], None],
+    ):
+        """Load the prompts and start the actors.
+
+        Raises:
+            DataError: prompts are missing or unusable; see `DataSettings`.
+        """
+        self._config, self._folder = config, folder
+        processor = load_processor(model)
+        self.prompts = config.data.load(config.seed, report).training
+        room = config.policy.max_length - config.rollout.sampling.max_tokens
+        check_prompts(self.prompts, processor, room, config.rollout.max_images)
+        self._processor = processor
+        self._rollouts = Rollouts(start_rollouts(config.rollout, config.policy, model, "object_store", logs))
+        reference = (
+            start_reference(config.reference, config.policy, model, logs) if config.judge.needs_reference else None
+        )
+        self.judge: Judge = config.judge.build(JudgeContext(logs, keys, reference.logps if reference else None))
+        self._stopping = False
+
+    async def run(self, progress: Callable[[PairBatch], None]) -> bool:
+        """Annotate all prompts that are not yet, sampling one step ahead of the judge; `progress` is told of each
+        step, those done before included. Returns whether all is done.
+
+        Raises:
+            JudgeError: the judge cannot be asked any more; what is done stays.
+        """
+        size = self._config.prompts_per_step
+        shares = [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
+        done = set(self._folder.steps())
+        for step in sorted(done):
+            batch = self._folder.read_batch(step)
+            assert batch is not None
+            self.judge.restore(batch.judging)
+            progress(batch)
+        todo = [(step, share) for step, share in enumerate(shares, start=1) if step not in done]
+        ahead: asyncio.Task[list[Answers]] | None = None
+        for index, (step, share) in enumerate(todo):
+            sampled = await (ahead or self._sample(step, share))
+            if self._stopping:
+                return False
+            ahead = asyncio.create_task(self._sample(*todo[index + 1])) if index + 1 < len(todo) else None
+            try:
+                progress(await self._judge(step, sampled))
+            except BaseException:
+                if ahead is not None:
+                    ahead.cancel()
+                raise
+        return True
+
+    def stop(self) -> None:
+        """Begin nothing more; `run` ends once what is under way has come."""
+        self._stopping = True
+        self.judge.stop()
+
+    async def _sample(self, step: int, prompts: Sequence[Prompt]) -> list[Answers]:
+        """The step's answers, from disk if they are there."""
+        known = self._folder.read_answers(step)
+        if known is not None and [one.prompt.id for one in known] == [prompt.id for prompt in prompts]:
+            return known
+        sampling = self._config.rollout.sampling
+        groups = await self._rollouts.generate(prompts, sampling, self._config.seed * 1_000_003 + step)
+        answers = [Answers(prompt, tuple(group)) for prompt, group in zip(prompts, groups, strict=True)]
+        if self._config.pairs.rule == "best_vs_reference":
+            answers = [one.with_reference(self._processor) for one in answers]
+        self._folder.write_answers(step, answers)
+        return answers
+
+    async def _judge(self, step: int, answers: Sequence[Answers]) -> PairBatch:
+        prompts = [one.prompt for one in answers]
+        completions = [one.completions for one in answers]
+        judgements = await self.judge.grade(prompts, completions)
+        pairs, counts = make_pairs(prompts, completions, judgements, self._config.pairs)
+        judged = [Answers(one.prompt, one.completions, tuple(v)) for one, v in zip(answers, judgements, strict=True)]
+        self._folder.write_answers(step, judged)
+        tokens = sum(len(one.token_ids) for group in completions for one in group)
+        counts.update(prompts=len(prompts), completions=sum(map(len, completions)), tokens=tokens)
+        batch = PairBatch(step, tuple(pairs), len(prompts), dict(counts), {}, self.judge.spent)
+        self._folder.write_batch(batch)
+        return batch
+
+
+def totals(batches: Sequence[PairBatch]) -> dict[str, Any]:
+    """What all steps together came to, and what judging took; keys as in `PairBatch.counts`, and `judge_…`."""
+    counts: dict[str, Any] = {}
+    for batch in batches:
+        for name, value in batch.counts.items():
+            counts[name] = counts.get(name, 0) + value
+    last = max(batches, key=lambda batch: batch.judging.get("calls", 0), default=None)
+    return counts | ({f"judge_{name}": value for name, value in last.judging.items()} if last else {})
+
+
+def describe_faults(faults: Sequence[Fault]) -> list[dict[str, Any]]:
+    """Rows of bad-rows.jsonl."""
+    return [asdict(fault) for fault in faults]
