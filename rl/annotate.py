@@ -124,8 +124,8 @@ class Annotation:
             try:
                 progress(await self._judge(step, sampled))
             except BaseException:
-                if ahead is not None:
-                    ahead.cancel()
+                if ahead is not None:  # it ends soon, and its answers are kept
+                    await asyncio.gather(ahead, return_exceptions=True)
                 raise
         return True
 

@@ -11,6 +11,7 @@ from rl.store import RunFolder, evaluation_file, read_evaluations
 from rl.types import Completion, PairBatch
 
 WATCH_S = 1.0
+PHASES = ("sampling", "judging", "reference")
 GALLERY_IMAGES = 64
 
 
@@ -48,7 +49,7 @@ class Journal:
     def updated(self, version: int, metrics: dict[str, float], batch: PairBatch) -> None:
         """The learner made `version` from `batch`: one row of metrics.jsonl."""
         counts = {name: batch.counts.get(name, 0) for name in ("pairs", "ties", "identical", "unjudged", "abstentions")}
-        seconds = {f"seconds_{name}": value for name, value in batch.seconds.items()}
+        seconds = {f"seconds_{name}": batch.seconds.get(name, 0.0) for name in PHASES}
         lengths = [len(one.token_ids) for pair in batch.pairs for one in pair.completions]
         judging = {f"judge_{name}": value for name, value in batch.judging.items()}
         row = {

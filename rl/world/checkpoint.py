@@ -56,7 +56,7 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     )
 
 
-def make_processor() -> "LlavaProcessor":
+def make_processor(tokenizer: "PreTrainedTokenizerFast") -> "LlavaProcessor":
     """The tokenizer beside a CLIP image processor for square pictures of `IMAGE_SIZE`."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
@@ -65,7 +65,7 @@ def make_processor() -> "LlavaProcessor":
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=make_tokenizer(),
+        tokenizer=tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -73,12 +73,11 @@ def make_processor() -> "LlavaProcessor":
     )
 
 
-def make_model(seed: int) -> "LlavaForConditionalGeneration":
+def make_model(seed: int, tokenizer: "PreTrainedTokenizerFast") -> "LlavaForConditionalGeneration":
     """A LLaVA of about 3 M parameters with random weights."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    tokenizer = make_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=160,
         intermediate_size=640,
@@ -95,7 +94,7 @@ def make_model(seed: int) -> "LlavaForConditionalGeneration":
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=6,
-        max_position_embeddings=MAX_POSITIONS,
+        max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -121,5 +120,6 @@ def write_untrained(folder: Path, seed: int) -> None:
     """Write processor and untrained model to `folder`."""
     from rl.policy import save_checkpoint
 
-    model = make_model(seed)
-    save_checkpoint(model, dict(model.state_dict()), make_processor(), folder)
+    tokenizer = make_tokenizer()
+    model = make_model(seed, tokenizer)
+    save_checkpoint(model, dict(model.state_dict()), make_processor(tokenizer), folder)

@@ -18,7 +18,7 @@ from rl.policy import (
     resolve_model,
     save_checkpoint,
 )
-from rl.world.checkpoint import make_model, make_processor
+from rl.world.checkpoint import make_model, make_processor, make_tokenizer
 
 BASE = Path(resolve_model("rl/world/base"))
 
@@ -48,8 +48,8 @@ def test_a_tied_head_may_be_absent_from_the_checkpoint() -> None:
 
 
 def test_a_saved_model_loads_with_the_same_weights(tmp_path: Path) -> None:
-    model = make_model(seed=1)
-    save_checkpoint(model, model.state_dict(), make_processor(), tmp_path)
+    model = make_model(1, make_tokenizer())
+    save_checkpoint(model, model.state_dict(), make_processor(make_tokenizer()), tmp_path)
     again = load_model(str(tmp_path), "float32")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert load_processor(str(tmp_path)).tokenizer.chat_template
@@ -58,8 +58,8 @@ def test_a_saved_model_loads_with_the_same_weights(tmp_path: Path) -> None:
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    model = make_model(seed=1)
-    save_checkpoint(model, model.state_dict(), make_processor(), tmp_path)
+    model = make_model(1, make_tokenizer())
+    save_checkpoint(model, model.state_dict(), make_processor(make_tokenizer()), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("language_model.model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -79,14 +79,14 @@ def test_the_base_model_is_small_untied_and_in_the_repository() -> None:
     [((), set()), (("vision_tower",), {"vision"}), (("vision_tower", "projector"), {"vision", "projector"})],
 )
 def test_frozen_parts_take_no_gradient_and_the_rest_does(freeze: tuple, frozen: set[str]) -> None:
-    model = adapt(make_model(0), PolicySettings(freeze=freeze))
+    model = adapt(make_model(0, make_tokenizer()), PolicySettings(freeze=freeze))
     for name, parameter in model.named_parameters():
         part = "vision" if "vision_tower" in name else "projector" if "projector" in name else "language"
         assert parameter.requires_grad == (part not in frozen), name
 
 
 def test_adapters_sit_in_the_language_model_only() -> None:
-    model = adapt(make_model(0), PolicySettings(lora=LoraSettings(rank=2)))
+    model = adapt(make_model(0, make_tokenizer()), PolicySettings(lora=LoraSettings(rank=2)))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("lora_" in name and "language_model" in name for name in trained)
