@@ -17,6 +17,7 @@ from cluster.settings import Settings
 
 AuthMode = Literal["disabled", "token"]
 CONNECT_TIMEOUT_S = 10.0
+PLACEMENT_TIMEOUT_S = 20.0
 
 
 class ClusterSettings(Settings):
@@ -83,7 +84,10 @@ def connect(settings: ClusterSettings) -> None:
     """
     os.environ.update(environment_variables())
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = None if address == "local" else address
     set_auth_mode(joining=address is not None)
+    if address is not None and ":" in address:
+        _check_reachable(address)
     import ray
 
     if ray.is_initialized():
@@ -101,8 +105,6 @@ def connect(settings: ClusterSettings) -> None:
             _node_ip_address="127.0.0.1",
         )
         return
-    if ":" in address:
-        _check_reachable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=runtime_env)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -151,6 +153,26 @@ def check_room(roles: list[Role]) -> None:
                 f"the run asks for {amount:g} {kind} ({plan}), but the cluster has {free.get(kind, 0):g} of "
                 f"{total.get(kind, 0):g} {kind} free: free some, add nodes, or ask for fewer or smaller workers"
             )
+    _check_placement(roles)
+
+
+def _check_placement(roles: list[Role]) -> None:
+    """Sums may do where no single node has room for an actor: try the placement, and give it back."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    wanted = [{"CPU": role.resources.cpus, "GPU": role.resources.gpus} for role in roles for _ in range(role.count)]
+    bundles = [{kind: amount for kind, amount in bundle.items() if amount > 0} for bundle in wanted]
+    group = placement_group([bundle for bundle in bundles if bundle] or [{"CPU": 0.001}])
+    try:
+        if not group.wait(PLACEMENT_TIMEOUT_S):
+            sizes = [(role, role.resources) for role in roles]
+            plan = ", ".join(f"{role.count} {role.name} x {r.cpus:g} CPU and {r.gpus:g} GPU" for role, r in sizes)
+            raise ClusterError(
+                f"the cluster has enough in all for {plan}, but not every actor fits on one of its nodes; ask for "
+                f"smaller workers or larger nodes"
+            )
+    finally:
+        remove_placement_group(group)
 
 
 def log_to_file(path: Path) -> None:

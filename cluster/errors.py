@@ -1,5 +1,7 @@
 """The errors a person can mend, each with the exit code that `raylign` ends with."""
 
+import re
+
 
 class RaylignError(Exception):
     """A problem described in one sentence: what, where, and how to mend it."""
@@ -37,17 +39,32 @@ class JudgeError(RaylignError):
     exit_code = 7
 
 
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
 def root_cause(error: BaseException) -> BaseException:
-    """The error of ours inside what Ray wrapped around it, if there is one."""
+    """The error of ours inside what Ray wrapped around it, or if there is none the first that is not Ray's."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
+    foreign: BaseException | None = None
     while queue:
         current = queue.pop(0)
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, RaylignError) and type(current) in RaylignError.__subclasses__():
+        if isinstance(current, RaylignError) and not type(current).__module__.startswith("ray."):
             return current
-        queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
+        if foreign is None and not type(current).__module__.startswith("ray."):
+            foreign = current
         queue += list(getattr(current, "worker_failures", {}).values())
-    return error
+        queue += [getattr(current, name, None) for name in ("cause", "controller_failure", "_base_exc")]
+        queue += [current.__cause__, current.__context__]
+    return foreign or error
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an unexpected error and what it says, in one line, without colours or traces."""
+    cause = root_cause(error)
+    lines = [line.strip() for line in _ANSI.sub("", str(cause)).splitlines() if line.strip()]
+    is_trace = any(line.startswith(("Traceback", "ray::")) for line in lines)
+    return f"{type(cause).__name__}: {(lines or ['no message'])[-1 if is_trace else 0][:300]}"

@@ -1,9 +1,41 @@
 """The base of every config model."""
 
-from pydantic import BaseModel, ConfigDict
+import types
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Settings(BaseModel):
     """Strict and immutable: unknown keys and wrong types are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_lookalikes(cls, values: Any) -> Any:
+        """pydantic takes true for 1, "32" for 32 and "yes" for true. A text for a float passes, for YAML reads 1e-4
+        as one. (A validator of each field would say where by itself, but may not look at a union's `kind`.)"""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if (field := cls.model_fields.get(name)) is None or value is None:
+                continue
+            if expected := _lookalike(field.annotation, value):
+                raise PydanticCustomError(
+                    "lookalike", "{expected} is expected", {"field": name, "value": value, "expected": expected}
+                )
+        return values
+
+
+def _lookalike(annotation: Any, value: Any) -> str | None:
+    """What is expected, if `value` only looks like it."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = set(typing.get_args(annotation)) if union else {annotation}
+    if bool in kinds and not isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+        return "a number"
+    if isinstance(value, str) and int in kinds and not kinds & {str, float}:
+        return "a whole number"
+    return None

@@ -1,35 +1,43 @@
 """`raylign align CONFIG [key=value …]`: the main job. Starts both halves of the loop, shows what happens, sums up."""
 
 import functools
-import os
 import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
 
 from cluster.connect import check_room, connect
-from cluster.errors import ClusterError, DataError, JudgeError, RaylignError, root_cause
-from jobs.cli import describe, job_parser, run
-from jobs.config import dump_config, load_config
+from cluster.errors import ClusterError, ConfigError, DataError, RaylignError, describe, root_cause
+from jobs.cli import job_parser, run
+from jobs.config import dump_config, flatten, load_config
 from jobs.console import Console
 from jobs.paths import run_address
 from rl.config import AlignConfig
+from rl.data import check_files
 from rl.judges import collect_keys
 from rl.policy import resolve_model
 from rl.store import RunFolder
+from rl.stored import OfflinePairs
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
     from ray.actor import ActorHandle
 
 STOP_TIMEOUT_S = 600.0
 START_TIMEOUT_S = 1800.0
+FINISH_TIMEOUT_S = 3 * 3600.0
+EVENTS_TIMEOUT_S = 600.0
 SILENCE_TIMEOUT_S = 2 * 3600.0
+
+Ending = Literal["finished", "stopped", "failed"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,21 +89,29 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
     console = Console()
     began = time.time()
     model = resolve_model(config.policy.model)
+    keys = collect_keys(config.judge)
+    check_files([*config.data.files(), *(config.pairs.files() if isinstance(config.pairs, OfflinePairs) else ())])
     folder = RunFolder(run_address(config.run.dir))
+    first_step = 1
+    if resume:
+        folder.create(overwrite, resume)
+        _check_same_run(folder, config)
+        first_step = _resume_step(folder) + 1
+        if first_step > config.loop.steps and folder.exists("summary.json"):
+            console.say(f"nothing left to do: {folder.address} is at step {first_step - 1}; raise loop.steps to go on")
+            return 0
+    connect(config.cluster)
+    check_room(config.roles)
     folder.create(overwrite, resume)
     folder.write_text("config.yaml", dump_config(config))
-    folder.write_json("status.json", {"state": "running", "pid": os.getpid()})
+    folder.set_state("running")
     console.say(f"run folder {folder.address}, seed {config.seed}, {config.loop.steps} steps")
-    state = "failed"
+    state: Ending = "failed"
     try:
-        connect(config.cluster)
-        check_room(config.roles)
-        first_step = 1
         if resume:
-            first_step = _resume_step(folder) + 1
             folder.cut_back(first_step - 1)
             console.say(f"resuming after step {first_step - 1}")
-        alignment = _Run(config, model, folder, first_step, console, began)
+        alignment = _Run(config, model, folder, first_step, console, began, keys)
         state = alignment.to_the_end()
     except (RaylignError, KeyboardInterrupt):
         raise
@@ -106,7 +122,9 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
             f"and --resume goes on from the last checkpoint)"
         ) from error
     finally:
-        folder.write_json("status.json", {"state": state})
+        folder.set_state(state)
+        if state == "failed" and not folder.exists("pairs"):
+            folder.restore_replaced()
     if alignment.refusal is not None:
         raise alignment.refusal
     return 130 if state == "stopped" else 0
@@ -116,7 +134,14 @@ class _Run:
     """One run from the driver's side: starts both halves, watches them, stops them, sums up."""
 
     def __init__(
-        self, config: AlignConfig, model: str, folder: RunFolder, first_step: int, console: Console, began: float
+        self,
+        config: AlignConfig,
+        model: str,
+        folder: RunFolder,
+        first_step: int,
+        console: Console,
+        began: float,
+        keys: "Mapping[str, SecretStr]",
     ):
         import ray
 
@@ -128,27 +153,22 @@ class _Run:
         self._first_step = first_step
         self._stop_requested = threading.Event()
         actor: Any = ray.remote(SamplingHalf).options(num_cpus=0, max_concurrency=1000)
-        self._sampler: ActorHandle = actor.remote(
-            config, model, folder.address, self._logs, first_step, collect_keys(config.judge)
-        )
+        self._sampler: ActorHandle = actor.remote(config, model, folder.address, self._logs, first_step, keys)
         self._failure: BaseException | None = None
-        self.refusal: JudgeError | None = None
-        """Why the judge could not be asked any more, if that ended the run."""
+        self.refusal: RaylignError | None = None
+        """Why no more pairs could be made, if that ended the run."""
         self._seen = 0
         self._heard_at = time.monotonic()
 
-    def to_the_end(self) -> str:
+    def to_the_end(self) -> Ending:
         """Returns finished or stopped; raises what broke either half."""
-        import ray
-
         with _signals(self._request_stop):
             start, loop = self._sampler.start.remote(), self._sampler.run.remote()
             learner = threading.Thread(target=self._learn, args=(start,), daemon=True)
             learner.start()
             self._watch(learner, [start, loop])
-            results = self._unwrapped(lambda: ray.get(self._sampler.finish.remote(), timeout=STOP_TIMEOUT_S))
-            self._show_events()
-        state = "stopped" if results["version"] < self._config.loop.steps else "finished"
+            results = self._finish()
+        state: Ending = "stopped" if results["version"] < self._config.loop.steps else "finished"
         self._summarise(results, state)
         self.refusal = results["refusal"]
         return state
@@ -178,6 +198,7 @@ class _Run:
             self._sampler,
             *ray.get(started, timeout=START_TIMEOUT_S),
         )
+        self._folder.discard_replaced()
         TorchTrainer(
             learn,
             train_loop_config=task,
@@ -210,10 +231,24 @@ class _Run:
         if self._failure is not None:
             raise root_cause(self._failure)
 
+    def _finish(self) -> dict[str, Any]:
+        """What the sampling half ends with; its last evaluation may take as long as any."""
+        import ray
+
+        ending = self._sampler.finish.remote()
+        deadline = time.monotonic() + FINISH_TIMEOUT_S
+        while not ray.wait([ending], timeout=0)[0] and time.monotonic() < deadline:
+            self._show_events()
+        results: dict[str, Any] = self._unwrapped(lambda: ray.get(ending, timeout=1))
+        self._show_events()
+        return results
+
     def _show_events(self) -> None:
         import ray
 
-        for event in self._unwrapped(lambda: ray.get(self._sampler.events.remote(self._seen), timeout=60)):
+        for event in self._unwrapped(
+            lambda: ray.get(self._sampler.events.remote(self._seen), timeout=EVENTS_TIMEOUT_S)
+        ):
             self._seen += 1
             self._heard_at = time.monotonic()
             self._console.show(event, self._config.loop.steps)
@@ -227,7 +262,8 @@ class _Run:
         from rl.report import write_report
         from rl.summary import summarise
 
-        summary = summarise(self._config, self._folder, results, time.time() - self._began)
+        seconds = time.time() - self._began
+        summary = summarise(self._config, self._folder, results, self._first_step, seconds)
         self._folder.write_json("summary.json", summary)
         write_report(self._folder)
         self._console.summary(summary, self._folder, state)
@@ -240,14 +276,42 @@ class _Run:
             raise root_cause(error) from None
 
 
+# What may differ when a run goes on: how far, on which machines, and how fast; never what is learned from what.
+FREE_TO_CHANGE = (
+    "run.", "cluster.", "loop.steps", "loop.eval_every", "loop.checkpoint_", "rollout.workers", "rollout.resources.",
+    "rollout.max_sequences", "rollout.cpu_cache_gib", "rollout.gpu_memory_fraction", "reference.", "learner.resources.",
+    "weights.", "judge.budget", "judge.concurrency", "judge.requests_per_minute", "judge.tokens_per_minute",
+    "judge.timeout_s", "judge.retries", "judge.cache", "judge.input_price", "judge.output_price", "judge.api_key_env",
+    "judge.base_url", "judge.resources.", "judge.workers",
+)  # fmt: skip
+
+
+def _check_same_run(folder: RunFolder, config: AlignConfig) -> None:
+    """Raise if the stored run was made with other settings that matter; its prompts would be mixed up."""
+    before, now = (
+        dict(flatten(yaml.safe_load(text))) for text in (folder.read_text("config.yaml"), dump_config(config))
+    )
+    changed = [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{changed[0]} is {now.get(changed[0])!r}, but the run in {folder.address} has {before.get(changed[0])!r}; "
+            f"--resume goes on with the same settings, others need a run.dir of their own"
+        )
+
+
 def _resume_step(folder: RunFolder) -> int:
-    """The step of the newest checkpoint."""
-    import pyarrow.fs as pyfs  # noqa: F401  (Ray reads the same storage through it)
+    """The step of the newest checkpoint; 0 if there is none but pairs are, which are used again."""
     from ray.train import Result
 
     try:
         result = Result.from_path(folder.url("checkpoints"))
     except Exception as error:
+        if folder.steps():
+            return 0
         raise DataError(
             f"run.dir: {folder.address} has no checkpoint to resume from; start anew with --overwrite"
         ) from error

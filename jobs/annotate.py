@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from cluster.connect import check_room, connect
 from cluster.errors import JudgeError
@@ -14,7 +15,8 @@ from jobs.cli import job_parser, run
 from jobs.config import dump_config, load_config
 from jobs.paths import run_address
 from rl.annotate import AnnotateConfig, Annotation, describe_faults, totals
-from rl.formats import Fault
+from rl.data import check_files
+from rl.formats import Fault, counted
 from rl.judges import collect_keys
 from rl.policy import resolve_model
 from rl.store import RunFolder
@@ -42,24 +44,34 @@ def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
     """Annotate to the end, or until it is stopped; returns the exit code."""
     model = resolve_model(config.policy.model)
     keys = collect_keys(config.judge)
+    check_files(config.data.files())
     folder = RunFolder(run_address(config.run.dir))
-    folder.create(overwrite, resume)
-    folder.write_text("config.yaml", dump_config(config))
-    print(f"run folder {folder.address}, seed {config.seed}", flush=True)
     connect(config.cluster)
     check_room(config.roles)
+    folder.create(overwrite, resume)
+    folder.write_text("config.yaml", dump_config(config))
+    folder.set_state("running")
+    print(f"run folder {folder.address}, seed {config.seed}", flush=True)
     logs = Path(folder.path("logs")) if folder.is_local else Path(tempfile.mkdtemp(prefix="raylign-logs-"))
 
     def report(faults: Sequence[Fault]) -> None:
         folder.append_rows("bad-rows.jsonl", describe_faults(faults))
-        print(f"warning: {len(faults)} rows cannot be used; {folder.url('bad-rows.jsonl')} lists them", flush=True)
+        print(
+            f"warning: {counted(len(faults), 'row')} cannot be used; {folder.url('bad-rows.jsonl')} lists them",
+            flush=True,
+        )
 
-    annotation = Annotation(config, model, folder, logs, keys, report)
+    state: Literal["finished", "stopped", "failed"] = "failed"
     try:
+        annotation = Annotation(config, model, folder, logs, keys, report)
+        folder.discard_replaced()
         complete = asyncio.run(_run(annotation))
+        state = "finished" if complete else "stopped"
     finally:
+        folder.set_state(state)
         if folder.steps():
             _show(folder)
+        folder.restore_replaced()
     if not complete:
         print("stopped; go on from here with --resume")
     return 0 if complete else 130

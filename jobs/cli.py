@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cluster.errors import RaylignError
+from cluster.errors import RaylignError, describe
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -85,11 +85,6 @@ def run(job: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
             traceback.print_exc(file=file)
         print(f"error: {describe(error)} (the whole trace: {file.name})", file=sys.stderr)
         return 1
-
-
-def describe(error: BaseException) -> str:
-    """The kind of an unexpected error and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From a YAML file and dotted overrides to a checked config, with one sentence for each thing that is wrong."""
 
 import difflib
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from cluster.settings import Settings
 
 Config = TypeVar("Config", bound=Settings)
 CONFIGS = Path(__file__).parent / "configs"
+HELP_WIDTH = 110
 
 
 def load_config(model: type[Config], path: str, overrides: Sequence[str]) -> Config:
@@ -26,8 +28,9 @@ def load_config(model: type[Config], path: str, overrides: Sequence[str]) -> Con
             one sentence per fault, one per line.
     """
     values = _read(path)
-    for override in overrides:
-        _apply(values, override)
+    # A choice of kind first, whatever the order: the other fields depend on it.
+    for override in sorted(overrides, key=lambda one: not one.partition("=")[0].endswith(".kind")):
+        _apply(model, values, override)
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -39,20 +42,33 @@ def dump_config(config: Settings) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def describe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """One entry per field: its dotted name, type, default, and what it means."""
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field of a dumped config."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def describe_fields(model: type[BaseModel], prefix: str = "", defaults: BaseModel | None = None) -> Iterator[str]:
+    """One entry per field: its dotted name, type, default, and what it means. `defaults` has those of a section."""
     for name, field in model.model_fields.items():
         nested = _models(field.annotation)
         text = " ".join((field.description or "").split())
+        default = getattr(defaults, name) if defaults else field.get_default(call_default_factory=True)
         if nested:
-            yield f"\n{prefix}{name}: {text}"
+            yield "\n" + textwrap.fill(f"{prefix}{name}: {text}", HELP_WIDTH)
             for choice in nested:
                 if len(nested) > 1:
-                    yield f"  with {prefix}{name}.kind={typing.get_args(choice.model_fields['kind'].annotation)[0]}:"
-                yield from describe_fields(choice, f"{prefix}{name}.")
+                    yield f"  with {prefix}{name}.kind={_kinds(choice)[0]}:"
+                item = "[]" if typing.get_origin(field.annotation) is tuple else ""
+                own = default if isinstance(default, choice) else None
+                yield from describe_fields(choice, f"{prefix}{name}{item}.", own)
         else:
-            default = "required" if field.default is PydanticUndefined else f"default {_plain(field.default)}"
-            yield f"  {prefix}{name}  ({_type_name(field.annotation)}, {default})\n      {text}"
+            shown = "required" if default is PydanticUndefined else f"default {_plain(default)}"
+            yield f"  {prefix}{name}  ({_type_name(field.annotation)}, {shown})"
+            yield textwrap.fill(text, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -62,6 +78,9 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError(f"config file {path} does not exist; jobs/configs has {known}")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"config file {path} is not YAML: {where}{error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -71,20 +90,28 @@ def _read(path: str) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(model: type[BaseModel], values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form key=value, for example loop.steps=30")
     *parents, last = key.split(".")
+    sections: list[type[BaseModel]] = [model]
     for parent in parents:
         child = values.setdefault(parent, {})
+        if child is None:
+            child = values[parent] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent} is not a section")
         values = child
+        fields = (one.model_fields[parent] for one in sections if parent in one.model_fields)
+        sections = [section for field in fields for section in _models(field.annotation)]
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not YAML") from None
+    if last == "kind" and (chosen := [one for one in sections if values[last] in _kinds(one)]):
+        for name in values.keys() - chosen[0].model_fields.keys():
+            del values[name]  # the file's, for another kind
 
 
 def _sentence(model: type[BaseModel], fault: Any) -> str:
@@ -92,10 +119,15 @@ def _sentence(model: type[BaseModel], fault: Any) -> str:
     if isinstance(cause, RaylignError):
         return str(cause)
     location = [str(part) for part in fault["loc"]]
+    if fault["type"] == "lookalike":
+        location.append(fault["ctx"]["field"])
+        fault = {**fault, "input": fault["ctx"]["value"]}
     key = ".".join(location)
     if fault["type"] == "extra_forbidden":
         known = list(_keys(model))
         real = ".".join(_without_choices(model, location))
+        if real in known:
+            return f"{real} is a field of another kind than the one chosen: take it out, or choose that kind"
         near = difflib.get_close_matches(real, known, n=1, cutoff=0.0) or known[:1]
         return f"{real} is not a field of the config; did you mean {near[0]}?"
     key = ".".join(_without_choices(model, location))
@@ -135,18 +167,27 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     """The config sections an annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
         return [model for part in typing.get_args(annotation) for model in _models(part)]
     return []
 
 
 def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is typing.Literal:
-        return " | ".join(map(str, typing.get_args(annotation)))
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(map(str, parts))
+    if origin is typing.Annotated:
+        return _type_name(parts[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(part) for part in parts)
+    if origin is tuple:
+        return f"list of {_type_name(parts[0])}"
+    if origin is not None:
+        return f"{origin.__name__} of {' to '.join(_type_name(part) for part in parts)}"
+    return "none" if annotation is type(None) else str(annotation.__name__)
 
 
 def _plain(value: Any) -> str:
-    return (
-        "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else "none" if value is None else str(value)
-    )
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

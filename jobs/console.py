@@ -14,6 +14,7 @@ _COLUMNS: tuple[tuple[str, int, str], ...] = (
     ("lag", 4, "{lag:.1f}"),
     ("pairs", 5, "{pairs:d}"),
     ("ties", 5, "{ties:d}"),
+    ("same", 5, "{identical:d}"),
     ("loss", 7, "{loss:.4f}"),
     ("acc", 5, "{accuracy:.2f}"),
     ("margin", 7, "{reward_margin:.3f}"),
@@ -62,7 +63,7 @@ class Console:
         """The end of a run: what changed, and where everything lies."""
         self.say(f"{state} at policy version {summary['policy_version']}; before -> after on held-out prompts:")
         for name in SHOWN_METRICS:
-            if name in summary["after"]:
+            if name in summary["after"] and name in summary["before"]:
                 print(f"    {name:20} {summary['before'][name]:8.3f} -> {summary['after'][name]:8.3f}")
         print(f"    largest probe difference {summary['probe_max_abs_diff']:.2g} nats per token")
         for name in ("report.html", "summary.json", "model"):

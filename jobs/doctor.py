@@ -16,7 +16,7 @@ from jobs.cli import job_parser, run
 from jobs.paths import run_address
 
 JUDGE_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY")
-MIN_FREE_GIB = 6
+MIN_FREE_GIB = 9
 
 
 def main(arguments: Sequence[str]) -> int:

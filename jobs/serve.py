@@ -16,8 +16,6 @@ from rl.config import AlignConfig
 from rl.policy import merge_adapter, resolve_model
 from serve.app import ServedModel, roles, running_app
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and serve until Ctrl-C; returns the exit code."""

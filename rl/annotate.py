@@ -91,6 +91,7 @@ class Annotation:
         self.prompts = config.data.load(config.seed, report).training
         room = config.policy.max_length - config.rollout.sampling.max_tokens
         check_prompts(self.prompts, processor, room, config.rollout.max_images)
+        config.judge.check(self.prompts)
         self._processor = processor
         self._rollouts = Rollouts(start_rollouts(config.rollout, config.policy, model, "object_store", logs))
         reference = (

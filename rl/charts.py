@@ -18,11 +18,19 @@ def line_chart(
         return None
 
     def draw(axes: Any) -> None:
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
         for column, name in present:
             points = [(row[axis], row[column]) for row in rows if column in row]
             axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 12 else None, markersize=3.5, label=name)
         axes.set_xlabel("policy version" if axis == "version" else "step")
         axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if label == "policy versions":
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_ylim(bottom=0)
+        if label.startswith("share"):
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         if label == "share":
             lowest = min(min(line.get_ydata()) for line in axes.lines)
             axes.set_ylim(max(0.0, min(lowest - 0.05, 0.8)), 1.02 if lowest > 0.3 else None)

@@ -25,6 +25,9 @@ PairsSettings = Annotated[
 ]
 
 
+BF16_TOLERANCE = 0.01
+
+
 class RunSettings(Settings):
     """Where the run writes."""
 
@@ -108,6 +111,11 @@ class AlignConfig(Settings):
                 f"policy.max_length is {self.policy.max_length}, which leaves no room for a prompt beside "
                 f"rollout.sampling.max_tokens {sampling.max_tokens} and loop.eval_max_tokens {loop.eval_max_tokens}"
             )
+        if self.policy.precision == "bfloat16" and self.weights.tolerance < BF16_TOLERANCE:
+            raise ConfigError(
+                f"weights.tolerance is {self.weights.tolerance:g}, but in bfloat16 trainer and engine differ by some "
+                f"hundredths of a nat per token: set it to 0.1"
+            )
         if self.weights.transfer == "nccl" and self.rollout.resources.gpus == 0:
             raise ConfigError("weights.transfer is nccl, but rollout.resources.gpus is 0: use object_store on CPUs")
         if self.loss.kind != "sigmoid" and (self.loss.label_smoothing > 0 or getattr(self.pairs, "uncertain", None)):
@@ -138,6 +146,8 @@ def check_judging(judge: JudgeBase, pairs: PairSettings, sampling: SamplingSetti
     candidates = sampling.completions + (pairs.rule == "best_vs_reference")
     if candidates < 2:
         raise ConfigError("rollout.sampling.completions is 1, but a pair needs two: set it to 2 or more")
+    if pairs.rule == "best_vs_reference" and judge.needs_reference:
+        raise ConfigError("pairs.rule best_vs_reference needs a judge of texts: nobody sampled the reference answers")
     if sampling.temperature == 0 and pairs.rule != "best_vs_reference":
         raise ConfigError("rollout.sampling.temperature is 0, so all completions would be equal: set it above 0")
     top = judge.top_score(candidates)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, Literal, NamedTuple, TypeVar
 
@@ -10,9 +11,9 @@ from pydantic import Field
 
 from cluster.errors import DataError
 from cluster.settings import Settings
-from rl.formats import Fault, FormatName, Record, read_records
+from rl.formats import Fault, FormatName, Record, counted, read_records
 from rl.images import canonicalise
-from rl.render import expanded_length
+from rl.render import expanded_length, placeholders
 from rl.types import Prompt
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class WorldData(Settings):
     """Scenes of the evaluation, five prompts each."""
     heldout_split: Literal["validation", "heldout"] = "heldout"
     """`validation` for tuning, `heldout` for figures that are reported."""
+
+    def files(self) -> list[tuple[str, str]]:
+        """None: the world is drawn."""
+        return []
 
     def load(self, seed: int, report: Report) -> PromptSets:
         """The held-out prompts are the same for every seed."""
@@ -96,7 +101,8 @@ class FileSettings(Settings):
             more = f" (and {len(faults) - _SHOWN_FAULTS} more)" if len(faults) > _SHOWN_FAULTS else ""
             shown = "; ".join(map(str, faults[:_SHOWN_FAULTS]))
             raise DataError(
-                f"{field}: {len(faults)} bad rows: {shown}{more}; mend them, or leave them out with bad_rows=skip"
+                f"{field}: {counted(len(faults), 'bad row')}: {shown}{more}; mend them, or leave them out with "
+                f"{field.split('.')[0]}.bad_rows=skip"
             )
         if not usable:
             raise DataError(f"{field}: {path} holds no usable row")
@@ -124,6 +130,10 @@ class PromptFiles(FileSettings):
     """File of held-out prompts for evaluation; left out, a share of the training file."""
     heldout_share: float = Field(0.1, ge=0, lt=1)
     """Share held out where there is no file for it; all prompts of an image go to the same side."""
+
+    def files(self) -> list[tuple[str, str]]:
+        """What is read: the field that names it, and its path."""
+        return [("data.train", self.train)] + ([("data.heldout", self.heldout)] if self.heldout else [])
 
     def load(self, seed: int, report: Report) -> PromptSets:
         """Prompts with their images canonicalised.
@@ -153,6 +163,10 @@ class ImageFolder(Settings):
     bad_rows: BadRows = "refuse"
     """What becomes of the run when an image cannot be read."""
 
+    def files(self) -> list[tuple[str, str]]:
+        """What is read: the field that names it, and its path."""
+        return [("data.path", self.path)]
+
     def load(self, seed: int, report: Report) -> PromptSets:
         """Prompts in the order of the images' names.
 
@@ -174,7 +188,10 @@ class ImageFolder(Settings):
         if faults:
             report(faults)
             if self.bad_rows == "refuse":
-                raise DataError(f"data.path: {len(faults)} bad images: {faults[0]}; remove them, or set bad_rows=skip")
+                raise DataError(
+                    f"data.path: {counted(len(faults), 'bad image')}: {faults[0]}; remove them, "
+                    f"or set data.bad_rows=skip"
+                )
         if not prompts:
             raise DataError(f"data.path: {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         return split_by_image(prompts, self.heldout_share)
@@ -201,6 +218,10 @@ class MixedData(Settings):
     """A list of sources with their weights."""
     prompts: int | None = Field(None, ge=1)
     """Training prompts in all; left out, as many as the weights allow without using any twice."""
+
+    def files(self) -> list[tuple[str, str]]:
+        """What is read: the field that names it, and its path."""
+        return [file for part in self.parts for file in part.data.files()]
 
     def load(self, seed: int, report: Report) -> PromptSets:
         """Drawn from each source without replacement; held out is what each source holds out.
@@ -229,6 +250,17 @@ class MixedData(Settings):
 DataSettings = Annotated[WorldData | PromptFiles | ImageFolder | MixedData, Field(discriminator="kind")]
 
 
+def check_files(files: Sequence[tuple[str, str]]) -> None:
+    """Refuse, before anything is started, files that are not there.
+
+    Raises:
+        DataError: names the field and the path.
+    """
+    for field, path in files:
+        if not Path(path).exists():
+            raise DataError(f"{field}: file {path} does not exist")
+
+
 def to_prompt(record: Record, source: str) -> Prompt:
     """The record's prompt, its images canonicalised.
 
@@ -236,7 +268,9 @@ def to_prompt(record: Record, source: str) -> Prompt:
         DataError: an image is missing or cannot be used.
     """
     images = [canonicalise(image, "image") for image in record.images]
-    return Prompt.make(record.messages, images, record.answer, record.truth, record.id, source)
+    prompt = Prompt.make(record.messages, images, record.answer, record.truth, source=source)
+    # Data sets give one id to several questions; prompts need their own.
+    return replace(prompt, id=f"{record.id}-{prompt.id[:8]}") if record.id else prompt
 
 
 def split_by_image(prompts: Sequence[Prompt], share: float) -> PromptSets:
@@ -291,6 +325,11 @@ def check_prompts(prompts: Sequence[Prompt], processor: "ProcessorMixin", room: 
         if len(prompt.images) > max_images:
             raise DataError(
                 f"prompt {prompt.id} has {len(prompt.images)} images; raise rollout.max_images ({max_images})"
+            )
+        if (found := placeholders(prompt, processor)) != len(prompt.images):
+            raise DataError(
+                f"prompt {prompt.id} has {len(prompt.images)} images but {found} image placeholders in its text; "
+                f"take the placeholder out of the text"
             )
         if (length := expanded_length(prompt, processor)) > room:
             raise DataError(

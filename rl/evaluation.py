@@ -1,9 +1,10 @@
 """What an evaluation measures: judge scores, win rate against the base, and with ground truth CHAIR, POPE, language."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 from rl.types import Completion, Judgement, Prompt
 from rl.world.grading import hallucinated, is_correct, mentions, says_yes
@@ -19,20 +20,28 @@ class Answer:
     judgement: Judgement
 
 
-def measure(answers: Sequence[Answer], base_scores: dict[str, float | None]) -> dict[str, float]:
-    """All metrics that the answers allow; rates are fractions. `base_scores` maps prompt id to the base's score.
+class BaseAnswer(NamedTuple):
+    """What the base said to a prompt, and its score."""
 
-    Without ground truth in the prompts only `judge_score`, `win_rate` and `mean_length` are given.
+    completion: Completion
+    score: float | None
+
+
+def measure(answers: Sequence[Answer], base: Mapping[str, BaseAnswer], absolute: bool = True) -> dict[str, float]:
+    """All metrics that the answers allow; rates are fractions. `base` has the base's answers by prompt id.
+
+    Without ground truth in the prompts only `judge_score` (where scores of different prompts can be averaged, which
+    `absolute` says), `win_rate` (where the base is known) and `mean_length` are given.
     """
     by_kind: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_kind[(answer.prompt.truth or {}).get("kind", "open")].append(answer)
     scores = [answer.judgement.score for answer in answers if answer.judgement.score is not None]
-    metrics = {
-        "judge_score": fmean(scores) if scores else 0.0,
-        "win_rate": win_rate(answers, base_scores),
-        "mean_length": fmean(len(answer.completion.token_ids) for answer in answers),
-    }
+    metrics = {"mean_length": fmean(len(answer.completion.token_ids) for answer in answers)}
+    if scores and absolute:
+        metrics["judge_score"] = fmean(scores)
+    if (rate := win_rate(answers, base)) is not None:
+        metrics["win_rate"] = rate
     if by_kind["describe"]:
         metrics |= chair(by_kind["describe"])
     if by_kind["presence"]:
@@ -45,14 +54,19 @@ def measure(answers: Sequence[Answer], base_scores: dict[str, float | None]) -> 
     return metrics
 
 
-def win_rate(answers: Sequence[Answer], base_scores: dict[str, float | None]) -> float:
-    """Share of prompts on which the judge scores the answer above the base's; a tie is half a win."""
+def win_rate(answers: Sequence[Answer], base: Mapping[str, BaseAnswer]) -> float | None:
+    """Share of prompts on which the judge scores the answer above the base's; the same answer, like a tie, is half a
+    win. None if no prompt can be compared."""
     wins = []
     for answer in answers:
-        score, base = answer.judgement.score, base_scores.get(answer.prompt.id)
-        if score is not None and base is not None:
-            wins.append(1.0 if score > base else 0.5 if score == base else 0.0)
-    return fmean(wins) if wins else 0.5
+        before, score = base.get(answer.prompt.id), answer.judgement.score
+        if before is None:
+            continue
+        if before.completion.text == answer.completion.text:
+            wins.append(0.5)
+        elif score is not None and before.score is not None:
+            wins.append(1.0 if score > before.score else 0.5 if score == before.score else 0.0)
+    return fmean(wins) if wins else None
 
 
 def chair(descriptions: Sequence[Answer]) -> dict[str, float]:

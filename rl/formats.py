@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from cluster.errors import DataError
 from rl.types import Attributes, Message
+from rl.world.questions import check_truth
 
 ImageSource = Path | bytes
 FormatName = Literal[
@@ -59,6 +60,11 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.file} row {self.row}: {self.why}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,9 @@ def _prompts(row: dict[str, Any], folder: Path) -> Iterable[Record]:
         messages = _messages(row["messages"], len(images))
     else:
         messages = _user(_text(row, "prompt"), len(images))
-    yield Record(messages, tuple(images), row.get("answer") or None, id=row.get("id") or None, truth=row.get("truth"))
+    if (truth := row.get("truth")) is not None:
+        check_truth(truth)
+    yield Record(messages, tuple(images), row.get("answer") or None, id=_optional_text(row.get("id")), truth=truth)
 
 
 def _trl(row: dict[str, Any], folder: Path) -> Iterable[Record]:
@@ -359,7 +367,7 @@ def _messages(value: Any, images: int) -> tuple[Message, ...]:
             raise ValueError("each message needs `role` and `content`")
         content = message["content"]
         if isinstance(content, str):
-            messages.append({"role": message["role"], "content": [{"type": "text", "text": content}]})
+            messages.append(_message(message["role"], content, content.count(IMAGE_PLACEHOLDER)))
             continue
         if not isinstance(content, list) or any(
             not isinstance(part, dict) or part.get("type") not in ("text", "image") for part in content

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cluster.errors import DataError
 
 MIN_SIDE = 4
+MAX_ASPECT = 50
 MAX_SIDE = 2048
 MAX_PIXELS = 120_000_000
 MAX_BYTES = 64 * 2**20
@@ -42,9 +43,10 @@ def canonicalise(source: Image.Image | bytes | Path, where: str) -> CanonicalIma
     image = source if isinstance(source, Image.Image) else _decode(source, where)
     image = ImageOps.exif_transpose(image)
     image = _flatten(image)
-    if min(image.size) < MIN_SIDE:
+    if min(image.size) < MIN_SIDE or max(image.size) > MAX_ASPECT * min(image.size):
         raise DataError(
-            f"{where}: the image is {image.width}x{image.height}, but each side must be {MIN_SIDE} px or more"
+            f"{where}: the image is {image.width}x{image.height}, but each side must be {MIN_SIDE} px or more, and "
+            f"neither over {MAX_ASPECT} times the other"
         )
     if max(image.size) > MAX_SIDE:
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
@@ -61,6 +63,8 @@ def _decode(source: bytes | Path, where: str) -> Image.Image:
         if source.stat().st_size > MAX_BYTES:
             raise DataError(f"{where}: image file {source} is over {MAX_BYTES >> 20} MiB; make it smaller")
         source = source.read_bytes()
+    if len(source) > MAX_BYTES:
+        raise DataError(f"{where}: the image is over {MAX_BYTES >> 20} MiB; make it smaller")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -70,7 +74,9 @@ def _decode(source: bytes | Path, where: str) -> Image.Image:
                     f"{where}: the image is {image.width}x{image.height}; at most {MAX_PIXELS:,} pixels are decoded"
                 )
             image.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise DataError(f"{where}: this is no image; replace the file or remove its row") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: the image cannot be read ({error}); replace the file or remove its row") from error
     return image
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rl.evaluation import Answer
+from rl.evaluation import Answer, BaseAnswer
 from rl.store import RunFolder, evaluation_file, read_evaluations
 from rl.types import Completion, PairBatch
 
@@ -92,14 +92,13 @@ class Journal:
         self._scalars({f"eval/{name}": value for name, value in metrics.items()}, version)
         self._emit("evaluation", {"version": version, "seconds": seconds, **metrics})
 
-    def base_answers(self) -> dict[str, tuple[Completion, float | None]]:
-        """The base's held-out answers, without their tokens, and scores by prompt id; none before it is evaluated."""
+    def base_answers(self) -> dict[str, BaseAnswer]:
+        """The base's held-out answers, as text without tokens, by prompt id; none before it is evaluated."""
         if not self._store.exists(evaluation_file(0)):
             return {}
         return {
-            row["prompt_id"]: (
-                Completion(row["prompt_id"], (), (), row["answer"], (), 0, "stop"),
-                row["judgement"]["score"],
+            row["prompt_id"]: BaseAnswer(
+                Completion(row["prompt_id"], (), (), row["answer"], (), 0, "stop"), row["judgement"]["score"]
             )
             for row in self._store.read_json(evaluation_file(0))["answers"]
         }

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import log_to_file
-from cluster.errors import DataError, JudgeError
+from cluster.errors import DataError, JudgeError, RaylignError
 from cluster.memory import PeakMemory
 from rl.config import AlignConfig
 from rl.data import ShuffledStream, check_prompts
-from rl.evaluation import Answer, measure
-from rl.formats import Fault
+from rl.evaluation import Answer, BaseAnswer, measure
+from rl.formats import Fault, counted
 from rl.journal import Journal
 from rl.judges import Judge, JudgeContext
 from rl.pairs import PairSettings, UncertainPairs, make_pairs
@@ -42,6 +42,10 @@ START_TIMEOUT_S = 900.0
 MAX_EMPTY_ROUNDS = 20
 
 
+class NoPairs(DataError):
+    """The judge finds no difference any more between the policy's completions."""
+
+
 class SamplingHalf:
     """Makes the pairs of every step. Used as an async Ray actor."""
 
@@ -62,7 +66,8 @@ class SamplingHalf:
         self.keys = keys
         self.first_step = first_step
         self.stopping = False
-        self.refusal: JudgeError | None = None
+        self.refusal: RaylignError | None = None
+        self._broken: BaseException | None = None
         self._version = asyncio.Condition()
         self._ready_version = -1
         self._engines = asyncio.Lock()
@@ -76,8 +81,10 @@ class SamplingHalf:
                 break
             try:
                 batch = self.store.read_batch(step) or await self.make_batch(step)
-            except JudgeError as error:  # the learner finishes what there is
-                self.journal.warn(str(error))
+            except (JudgeError, NoPairs) as error:
+                if step == 1:
+                    raise
+                self.journal.warn(str(error))  # the learner finishes what there is
                 self.refusal = error
                 break
             self.reference.remember(batch.pairs)
@@ -130,8 +137,9 @@ class SamplingHalf:
             if pairs:
                 break
         else:
-            raise DataError(
-                f"step {step}: {counts['prompts']} prompts in a row made no pair ({dict(counts)}); lower pairs.margin, "
+            told = ", ".join(f"{counts[name]} {name}" for name in ("ties", "identical", "abstentions", "unjudged"))
+            raise NoPairs(
+                f"step {step}: {counts['prompts']} prompts in a row made no pair ({told}); lower pairs.margin, "
                 f"raise rollout.sampling.completions or temperature, or check the judge"
             )
         if self.uncertain:
@@ -155,6 +163,7 @@ class SamplingHalf:
             raise DataError("data: no prompt is held out to measure the policy on; set data.heldout_share above 0")
         room = config.policy.max_length - max(rollout.sampling.max_tokens, config.loop.eval_max_tokens)
         await asyncio.to_thread(check_prompts, [*training, *self.heldout], self.processor, room, rollout.max_images)
+        config.judge.check([*training, *self.heldout])
         items: Sequence[Any] = training
         if isinstance(config.pairs, OfflinePairs):
             items = await asyncio.to_thread(
@@ -183,7 +192,9 @@ class SamplingHalf:
     def report(self, faults: Sequence[Fault]) -> None:
         """List rows that cannot be used in bad-rows.jsonl, and say so."""
         self.store.append_rows("bad-rows.jsonl", [asdict(fault) for fault in faults])
-        self.journal.warn(f"{len(faults)} rows cannot be used; {self.store.url('bad-rows.jsonl')} lists them")
+        self.journal.warn(
+            f"{counted(len(faults), 'row')} cannot be used; {self.store.url('bad-rows.jsonl')} lists them"
+        )
 
     async def stop(self) -> None:
         """Make no more batches; the learner finishes with those that are made."""
@@ -199,6 +210,8 @@ class SamplingHalf:
     async def finish(self) -> dict[str, Any]:
         """Evaluate the last version if that was not done yet; returns what the summary is made of."""
         await self._welcoming
+        if self._broken is not None:
+            raise self._broken
         if self.journal.last_evaluated != self.rollouts.version:
             await self.evaluate(self.rollouts.version)
         return {
@@ -239,32 +252,33 @@ class SamplingHalf:
         started = time.perf_counter()
         greedy = SamplingSettings(completions=1, temperature=0, max_tokens=self.config.loop.eval_max_tokens)
         async with self._engines:
-            groups = await self.rollouts.generate(self.heldout, greedy, 0)
-        base = self.journal.base_answers()
-        if not self.judge.absolute:  # then the base's answers must be judged again, beside the new ones
-            groups = [
-                [group[0], base[p.id][0] if base else group[0]] for p, group in zip(self.heldout, groups, strict=True)
-            ]
+            sampled = [group[0] for group in await self.rollouts.generate(self.heldout, greedy, 0)]
+        base = self.journal.base_answers() if version else {}
+        groups = [[one] for one in sampled]
+        if base and not self.judge.absolute:  # then the base's answers are judged again, beside the new ones
+            groups = [[one, base[one.prompt_id].completion] for one in sampled]
         try:
             verdicts = await self.judge.grade(self.heldout, groups)
         except JudgeError as error:
             self.journal.warn(f"version {version} is not evaluated: {error}")
             return
+        if version == 0 or not self.judge.absolute:
+            base = {g[-1].prompt_id: BaseAnswer(g[-1], v[-1].score) for g, v in zip(groups, verdicts, strict=True)}
         answers = [
-            Answer(prompt, group[0], judged[0])
-            for prompt, group, judged in zip(self.heldout, groups, verdicts, strict=True)
+            Answer(prompt, one, verdict[0])
+            for prompt, one, verdict in zip(self.heldout, sampled, verdicts, strict=True)
         ]
-        base_scores = {
-            prompt.id: base[prompt.id][1] if base and self.judge.absolute else judged[-1].score
-            for prompt, judged in zip(self.heldout, verdicts, strict=True)
-        }
-        metrics = measure(answers, base_scores)
+        metrics = measure(answers, base, self.judge.absolute)
         self.journal.evaluated(version, metrics, answers, time.perf_counter() - started)
 
     async def _welcome(self, version: int) -> None:
+        """Evaluate a version that is due, then let sampling use it; what goes wrong is raised where that waits."""
         every = self.config.loop.eval_every
-        if version // every > self.journal.last_evaluated // every:
-            await self.evaluate(version)
+        try:
+            if version // every > self.journal.last_evaluated // every:
+                await self.evaluate(version)
+        except BaseException as error:
+            self._broken = error
         async with self._version:
             self._ready_version = version
             self._version.notify_all()
@@ -273,6 +287,8 @@ class SamplingHalf:
         """Wait until the engines hold `version` or a later one, and any evaluation then due is done."""
         async with self._version:
             await self._version.wait_for(lambda: self.stopping or self._ready_version >= version)
+        if self._broken is not None:
+            raise self._broken
 
     def _seed(self, step: int, attempt: int) -> int:
         return (self.config.seed * 1_000_003 + step) * MAX_EMPTY_ROUNDS + attempt

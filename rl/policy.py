@@ -1,5 +1,6 @@
 """The model: how it is loaded, adapted and frozen, what its weights are called, how it is written."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ class PolicySettings(Settings):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
-def resolve_model(model: str) -> str:
+def resolve_model(model: str, field: str = "policy.model") -> str:
     """The model's folder as an absolute path, or the hub id as it is.
 
     Raises:
@@ -59,20 +60,37 @@ def resolve_model(model: str) -> str:
     path = path if path.exists() else packaged
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise DataError(f"policy.model: folder {path} has no config.json, so it is not a Hugging Face model folder")
+            raise DataError(f"{field}: folder {path} has no config.json, so it is not a Hugging Face model folder")
         return str(path.resolve())
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    owner, slash, name = model.partition("/")
+    is_hub_id = bool(owner and name) and "/" not in name and owner[0] not in ".~" and not Path(owner).exists()
+    if slash and is_hub_id:
         return model
     raise DataError(
-        f"policy.model: folder {model} does not exist; give a model folder or a hub id such as llava-hf/llava-1.5-7b-hf"
+        f"{field}: folder {model} does not exist; give a model folder or a hub id such as llava-hf/llava-1.5-7b-hf"
     )
 
 
 def load_processor(model: str) -> "ProcessorMixin":
-    """The model's processor, or for a text-only model its tokenizer."""
-    from transformers import AutoProcessor
+    """The model's processor, or for a text-only model its tokenizer.
 
-    return AutoProcessor.from_pretrained(model)
+    Raises:
+        DataError: it is missing or broken, or has no chat template.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        sees = takes_images(AutoConfig.from_pretrained(model))
+    except (OSError, ValueError) as error:
+        raise DataError(f"policy.model: the processor of {model} cannot be loaded ({_first_line(error)})") from error
+    if sees and not hasattr(processor, "image_processor"):
+        raise DataError(
+            f"policy.model: {model} sees images but lacks preprocessor_config.json; copy it from its source"
+        )
+    if not processor.chat_template:
+        raise DataError(f"policy.model: {model} has no chat template; use the instruction-tuned model, or add one")
+    return processor
 
 
 def load_model(model: str, precision: Precision) -> "PreTrainedModel":
@@ -89,7 +107,7 @@ def load_model(model: str, precision: Precision) -> "PreTrainedModel":
     try:
         loaded, report = loader.from_pretrained(model, dtype=getattr(torch, precision), output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise DataError(f"policy.model: {model} cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise DataError(f"policy.model: {model} cannot be loaded ({_first_line(error)})") from error
     if report["missing_keys"]:
         raise DataError(f"policy.model: {model} lacks the weights {sorted(report['missing_keys'])[:3]}")
     return loaded.eval()
@@ -208,10 +226,17 @@ def save_checkpoint(
 
 
 def merge_adapter(base: str, adapter: Path, folder: Path, precision: Precision) -> Path:
-    """Write the base with a PEFT adapter merged into it to `folder`, unless it is there already; returns it."""
+    """Write the base with a PEFT adapter merged into it to `folder`, unless that very one is there; returns it."""
     from peft import PeftModel
 
-    if not (folder / "config.json").is_file():
+    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    stamp = folder / "adapter.sha256"
+    if not stamp.is_file() or stamp.read_text() != digest:
         merged = PeftModel.from_pretrained(load_model(base, precision), str(adapter)).merge_and_unload()
         save_checkpoint(merged, merged.state_dict(), load_processor(base), folder)
+        stamp.write_text(digest)
     return folder
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

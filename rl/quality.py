@@ -140,8 +140,6 @@ def _page(folder: RunFolder, result: dict[str, Any], answers: Sequence[Answers],
     reasons = Counter(
         judgement.reason for one in answers for judgement in one.judgements or () if judgement.score is None
     )
-    with folder.filesystem.open(folder.path("config.yaml"), encoding="utf-8") as file:
-        config = file.read()
     return render_page(
         "quality.html.j2",
         name=folder.address.rstrip("/").rpartition("/")[2],
@@ -150,7 +148,7 @@ def _page(folder: RunFolder, result: dict[str, Any], answers: Sequence[Answers],
         fields=Attributes._fields,
         gallery=[_entry(pair) for pair in _shown(pairs)],
         abstentions=reasons.most_common(ABSTENTIONS_SHOWN),
-        config=config,
+        config=folder.read_text("config.yaml"),
     )
 
 

@@ -31,6 +31,13 @@ def image_token_counts(prompt: Prompt, processor: "ProcessorMixin") -> list[int]
     return list(processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens) if sizes else []
 
 
+def placeholders(prompt: Prompt, processor: "ProcessorMixin") -> int:
+    """How many image placeholders the prompt has under the chat template; a text may hold some by mistake."""
+    token = getattr(processor, "image_token", None)
+    text = processor.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
+    return int(text.count(token)) if token else 0
+
+
 def expanded_length(prompt: Prompt, processor: "ProcessorMixin") -> int:
     """Tokens of the prompt with its images, without decoding any."""
     plain = len(prompt_token_ids(prompt, processor, expand_images=False))

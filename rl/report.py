@@ -41,13 +41,13 @@ STEP_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (("reward_margin", "margin"), ("reward_chosen", "chosen"), ("reward_rejected", "rejected")),
     ),
     ("KL to the reference", "nats per token", (("kl", "estimate on pairs"),)),
-    ("Length", "tokens", (("mean_length", "all completions"), ("pair_length", "in pairs"))),
+    ("Length of completions", "tokens", (("mean_length", "all completions"), ("pair_length", "in pairs"))),
     ("Pairs of a step", "prompts", (("pairs", "pairs"), ("ties", "ties"), ("identical", "identical"))),
     ("Lag", "policy versions", (("lag", "mean"), ("lag_max", "largest"))),
     (
         "Time by phase",
         "seconds",
-        tuple((f"seconds_{n}", n) for n in ("sampling", "judging", "reference", "update", "waiting")),
+        tuple((f"seconds_{n}", n) for n in ("sampling", "judging", "reference", "update", "waiting", "sync")),
     ),
 )
 EVALUATION_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -66,7 +66,8 @@ def write_report(folder: RunFolder) -> None:
     """
     summary = folder.read_json("summary.json")
     evaluations = read_evaluations(folder)
-    rows = folder.rows("metrics.jsonl")
+    syncs = {row["step"]: row["seconds_sync"] for row in folder.rows("publications.jsonl")}
+    rows = [{"seconds_sync": syncs.get(row["step"], 0.0), **row} for row in folder.rows("metrics.jsonl")]
     charts = [line_chart(title, label, rows, "step", lines) for title, label, lines in STEP_CHARTS]
     points = [{"version": one["version"], **one["metrics"]} for one in evaluations]
     charts = [line_chart(title, label, points, "version", lines) for title, label, lines in EVALUATION_CHARTS] + charts
@@ -77,8 +78,8 @@ def write_report(folder: RunFolder) -> None:
         cards=[row for row in _table(summary) if row["key"] in CARDS],
         table=_table(summary),
         charts=[chart for chart in charts if chart],
-        gallery=_gallery(folder, evaluations[0], evaluations[-1]),
-        config=_text(folder, "config.yaml"),
+        gallery=_gallery(folder, evaluations[0], evaluations[-1]) if evaluations else [],
+        config=folder.read_text("config.yaml"),
     )
     folder.write_text("report.html", page)
 
@@ -86,18 +87,15 @@ def write_report(folder: RunFolder) -> None:
 def _table(summary: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, label, more_is_better in TABLE:
-        if name in summary["after"]:
-            before, after = summary["before"][name], summary["after"][name]
+        if name in summary["after"] and name in summary["before"]:
+            scale, digits = (100, 1) if name in RATES else (1, 2)
+            before, after = (round(scale * summary[when][name], digits) for when in ("before", "after"))
             change = after - before
             verdict = (
-                "same"
-                if more_is_better is None or abs(change) < 5e-4
-                else "good"
-                if (change > 0) == more_is_better
-                else "bad"
+                "same" if more_is_better is None or not change else "good" if (change > 0) == more_is_better else "bad"
             )
-            shown = [_percent(value) if name in RATES else f"{value:.2f}" for value in (before, after)]
-            points = f"{100 * change:+.1f} points" if name in RATES else f"{change:+.2f}"
+            shown = [f"{value:.{digits}f}" + (" %" if name in RATES else "") for value in (before, after)]
+            points = f"{change:+.{digits}f}" + (" points" if name in RATES else "")
             rows.append(
                 {
                     "key": name,
@@ -111,10 +109,6 @@ def _table(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
 def _gallery(folder: RunFolder, base: dict[str, Any], aligned: dict[str, Any]) -> list[dict[str, Any]]:
     """Pictures with both answers and verdicts: answers that changed first, the largest changes of score leading."""
     before = {row["prompt_id"]: row for row in base["answers"]}
@@ -122,18 +116,13 @@ def _gallery(folder: RunFolder, base: dict[str, Any], aligned: dict[str, Any]) -
     for row in aligned["answers"]:
         image = f"evaluations/images/{row['image']}.png"
         old = before.get(row["prompt_id"])
-        if row["image"] is None or old is None or not folder.exists(image):
+        if old is None or (row["image"] is not None and not folder.exists(image)):
             continue
         change = (row["judgement"]["score"] or 0) - (old["judgement"]["score"] or 0)
-        png = base64.b64encode(folder.filesystem.cat_file(folder.path(image))).decode()
+        png = base64.b64encode(folder.filesystem.cat_file(folder.path(image))).decode() if row["image"] else None
         entries.append({"question": row["question"], "image": png, "old": old, "new": row, "change": change})
     entries.sort(key=lambda entry: (entry["change"] == 0, -abs(entry["change"])))
     worse = [entry for entry in entries if entry["change"] < 0]
     shown = entries[:GALLERY_SIZE]
     missing = [entry for entry in worse[:4] if entry not in shown]  # what got worse is never hidden
     return shown[: GALLERY_SIZE - len(missing)] + missing
-
-
-def _text(folder: RunFolder, name: str) -> str:
-    with folder.filesystem.open(folder.path(name), encoding="utf-8") as file:
-        return str(file.read())

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -179,6 +180,7 @@ class RolloutWorker:
         (folder / "adapter_config.json").write_text(config)
         if self._adapter is not None:
             self._engine.llm_engine.remove_lora(self._adapter.lora_int_id)
+            shutil.rmtree(self._adapter.lora_path, ignore_errors=True)
         self._adapter = LoRARequest(f"policy-{version}", version + 1, str(folder))
         self._reset_caches()
 

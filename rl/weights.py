@@ -120,9 +120,8 @@ class Publisher:
         sequences = [probe.sequence for probe in probes]
         self._engine.module.eval()
         with torch.no_grad():
-            logps = token_logps(
-                self._engine.module, collate(sequences, self._processor, run_vision=True), self._engine.device
-            )
+            batch = collate(sequences, self._processor, run_vision=hasattr(self._processor, "image_processor"))
+            logps = token_logps(self._engine.module, batch, self._engine.device)
         self._engine.module.train()
         return [row[len(s.prompt_token_ids) - 1 : len(s) - 1].tolist() for row, s in zip(logps, sequences, strict=True)]
 

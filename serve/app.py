@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,19 @@ def running_app(models: Sequence[ServedModel], host: str, port: int) -> Iterator
     """Deploy the application on a running Ray cluster; inside the block it answers, after it is gone.
 
     Raises:
-        ClusterError: it did not come up.
+        ClusterError: it did not come up, or the cluster serves something already.
     """
+    import ray
     from ray import serve
 
     for name in ("ray.serve", "vllm"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    with suppress(ValueError):
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        raise ClusterError(
+            "Ray Serve runs on this cluster already, with an address of its own and perhaps other people's models; end "
+            "it with `serve shutdown`, or leave --address out to serve on a cluster of your own"
+        )
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
     try:
         target = serve.RunTarget(build_app(models), name=APP, route_prefix="/")

@@ -1,5 +1,6 @@
-"""Judges: who says which completion is better. A new judge is one file here and one name in `SingleJudge`."""
+"""Judges: who says which completion is better. A new judge is one file here and its name in both lists below."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,6 +15,7 @@ from rl.judges.openai_compatible import OpenAISettings
 from rl.judges.oracle import OracleSettings
 from rl.judges.reward import RewardSettings
 from rl.judges.rules import RulesSettings
+from rl.types import Prompt
 
 SingleJudge = Annotated[
     OracleSettings | GeminiSettings | OpenAISettings | RewardSettings | ImplicitSettings | RulesSettings,
@@ -45,6 +47,11 @@ class EnsembleSettings(JudgeBase):
     @property
     def key_names(self) -> set[str]:
         return {name for member in self.members for name in member.judge.key_names}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """See `JudgeBase.check`."""
+        for member in self.members:
+            member.judge.check(prompts)
 
     @property
     def needs_reference(self) -> bool:

@@ -87,6 +87,13 @@ class JudgeBase(Settings):
         """Whether it wants log-probs of the reference model."""
         return False
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts that it could never judge.
+
+        Raises:
+            DataError: names one by id.
+        """
+
     def top_score(self, completions: int) -> float | None:
         """The highest score it can give one of so many completions, None if there is no such."""
         return None

@@ -49,7 +49,7 @@ class GeminiSettings(RemoteSettings):
         """
         endpoint = GenaiEndpoint if self.sdk == "google-genai" else GenerativeAiEndpoint
         try:
-            return RemoteJudge("gemini", self, endpoint(self, context.keys[self.api_key_env]))
+            return RemoteJudge("gemini", self, endpoint(self, context.keys[self.api_key_env]), self.base_url or "")
         except ImportError as error:
             raise ConfigError(
                 f"judge.sdk: {self.sdk} is not installed ({error}); pip install 'raylign[gemini]'"

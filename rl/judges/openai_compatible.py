@@ -37,7 +37,7 @@ class OpenAISettings(RemoteSettings):
     def build(self, context: JudgeContext) -> RemoteJudge:
         """The judge."""
         key = context.keys[self.api_key_env] if self.api_key_env else SecretStr("none")
-        return RemoteJudge("openai", self, OpenAIEndpoint(self, key))
+        return RemoteJudge("openai", self, OpenAIEndpoint(self, key), self.base_url)
 
 
 class OpenAIEndpoint:

@@ -16,13 +16,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from aiolimiter import AsyncLimiter
-from pydantic import Field
+from pydantic import Field, model_validator
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from cluster.errors import JudgeError
+from cluster.errors import ConfigError, JudgeError
 from rl.images import CanonicalImage
 from rl.judges.base import Judge, JudgeBase
 from rl.judges.cache import ReplyCache
@@ -80,6 +80,12 @@ class RemoteSettings(JudgeBase):
     """Price of a million input tokens."""
     output_price: float = Field(0.0, ge=0)
     """Price of a million output tokens, thinking included."""
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.budget is not None and not (self.input_price or self.output_price):
+            raise ConfigError("judge.budget needs judge.input_price and judge.output_price: without them nothing costs")
+        return self
 
     def top_score(self, completions: int) -> float | None:
         return 12.0 if self.mode == "graded" else completions - 1.0
@@ -148,11 +154,13 @@ class Endpoint(Protocol):
 class RemoteJudge(Judge):
     """Judges through an endpoint."""
 
-    def __init__(self, name: str, settings: RemoteSettings, endpoint: Endpoint):
+    def __init__(self, name: str, settings: RemoteSettings, endpoint: Endpoint, address: str):
+        """`address` tells endpoints apart that call their models the same."""
         super().__init__()
         self.name = f"{name}:{settings.model}"
         self.absolute = settings.mode == "graded"
         self._settings = settings
+        self._address = address
         self._endpoint = endpoint
         self._cache = ReplyCache(Path(os.path.expanduser(settings.cache))) if settings.cache else None
         self._slots = asyncio.Semaphore(settings.concurrency)
@@ -248,7 +256,9 @@ class RemoteJudge(Judge):
             _Abstention: it was blocked, or did not come or could not be read in all tries.
         """
         settings = self._settings
-        key = digest(self.name, request.instructions, request.content, request.schema, settings.temperature)
+        key = digest(
+            self._address, self.name, request.instructions, request.content, request.schema, settings.temperature
+        )
         known = self._cache.get(key) if self._cache else None
         if known is not None:
             self.tally["cached"] += 1

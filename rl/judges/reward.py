@@ -46,7 +46,7 @@ class RewardSettings(JudgeBase):
         """The judge; starts its actors."""
         import ray
 
-        model = resolve_model(self.model)
+        model = resolve_model(self.model, "judge.model")
         actor: Any = ray.remote(RewardWorker).options(num_cpus=self.resources.cpus, num_gpus=self.resources.gpus)
         logs = [str(context.logs / f"reward-{index}.log") for index in range(self.workers)]
         return RewardJudge(self.model, [actor.remote(self, model, log) for log in logs])
@@ -99,7 +99,11 @@ class RewardWorker:
                 images = [[image.open() for image in conversations[index][0].images] for index in indices]
                 more: dict[str, Any] = {"images": images} if any(images) else {}
                 batch = self._processor(
-                    text=[texts[index] for index in indices], return_tensors="pt", padding=True, **more
+                    text=[texts[index] for index in indices],
+                    return_tensors="pt",
+                    padding=True,
+                    add_special_tokens=False,  # the chat template has written them
+                    **more,
                 )
                 logits = self._model(**batch.to(self._device)).logits.float()
                 for index, reward in zip(indices, logits[:, 0].tolist(), strict=True):

@@ -38,6 +38,26 @@ class Question:
         return f"{self.truth['answer']}."
 
 
+def check_truth(truth: Any) -> None:
+    """Refuse what is no ground truth of a question.
+
+    Raises:
+        ValueError: says what is wrong, in a few words.
+    """
+    kinds = ("describe", "presence", "count", "place", *LANGUAGE_TASKS)
+    if not isinstance(truth, dict) or truth.get("kind") not in kinds:
+        raise ValueError(f"`truth` must be an object with a `kind` of {', '.join(kinds)}")
+    if truth["kind"] == "describe":
+        objects = truth.get("objects")
+        pairs = isinstance(objects, list) and all(isinstance(one, list) and len(one) == 2 for one in objects)
+        if not (pairs and objects and all(place in PLACES and name in CLASSES for place, name in objects)):
+            raise ValueError("`truth` of kind describe needs `objects`, a list of [place, class] of the tiny world")
+    elif not isinstance(truth.get("answer"), str):
+        raise ValueError(f"`truth` of kind {truth['kind']} needs an `answer`, a text")
+    if truth["kind"] == "presence" and truth.get("negatives") not in NEGATIVES:
+        raise ValueError(f"`truth` of kind presence needs `negatives`: {', '.join(NEGATIVES)}")
+
+
 def describe(objects: list[list[str]]) -> str:
     """One sentence per object, in reading order."""
     return " ".join(f"there is a {name} at the {place}." for place, name in objects)

@@ -1,10 +1,12 @@
 """Joining Ray: reachable or refused, room or refused, within seconds."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from cluster.connect import ActorResources, ClusterSettings, Role, connect, environment_variables, set_auth_mode
+from cluster.connect import ClusterSettings, connect, environment_variables, set_auth_mode
 from cluster.errors import ClusterError
 
 
@@ -28,15 +30,38 @@ def test_the_auth_mode_is_always_set_and_a_person_s_choice_kept(monkeypatch: pyt
     assert "RAY_AUTH_TOKEN" not in environment_variables(), "runtime environments are shown by the dashboard"
 
 
-def test_too_much_asked_is_refused_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    from cluster.connect import check_room
-
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 3.0})
-    check_room([Role("rollout worker", 2, ActorResources(cpus=1.5))])
-    with pytest.raises(ClusterError, match=r"asks for 4 CPU \(2 rollout worker x 2\).*has 3 of 4 CPU free"):
-        check_room([Role("rollout worker", 2, ActorResources(cpus=2))])
-    with pytest.raises(ClusterError, match=r"asks for 1 GPU .*has 0 of 0 GPU free"):
-        check_room([Role("learner worker", 1, ActorResources(gpus=1))])
+def test_what_the_cluster_cannot_place_is_refused_with_what_there_is() -> None:
+    """Two nodes of 2 CPUs each, in a process of their own."""
+    code = """
+from cluster import connect
+from cluster.connect import ActorResources, ClusterSettings, Role
+from cluster.errors import ClusterError
+connect.PLACEMENT_TIMEOUT_S = 3
+connect.set_auth_mode(joining=False)
+from ray.cluster_utils import Cluster
+nodes = Cluster()
+for _ in range(2):
+    nodes.add_node(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000)
+connect.connect(ClusterSettings(address=nodes.address))
+for cpus, count in ((1.5, 2), (2.5, 2), (3, 1), (0, 1)):
+    try:
+        connect.check_room([Role("rollout worker", count, ActorResources(cpus=cpus))])
+        print("placed", count, cpus)
+    except ClusterError as error:
+        print("refused", error)
+try:
+    connect.check_room([Role("learner worker", 1, ActorResources(cpus=1, gpus=1))])
+except ClusterError as error:
+    print("refused", error)
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, env=clean)
+    assert done.returncode == 0, done.stderr[-2000:]
+    placed, too_many, too_big, nothing, no_gpu = done.stdout.splitlines()
+    assert placed == "placed 2 1.5"
+    assert "asks for 5 CPU (2 rollout worker x 2.5)" in too_many
+    assert "has 4 of 4 CPU free" in too_many
+    assert "not every actor fits on one of its nodes" in too_big
+    assert nothing == "placed 1 0"
+    assert "asks for 1 GPU" in no_gpu
+    assert "has 0 of 0 GPU free" in no_gpu

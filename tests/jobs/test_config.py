@@ -6,8 +6,11 @@ import pytest
 import yaml
 
 from cluster.errors import ConfigError
-from jobs.config import CONFIGS, describe_fields, dump_config, load_config
+from cluster.settings import Settings
+from jobs.config import CONFIGS, describe_fields, dump_config, flatten, load_config
+from rl.annotate import AnnotateConfig
 from rl.config import AlignConfig
+from rl.policy import LoraSettings, PolicySettings
 from rl.supervised import SftConfig
 
 
@@ -59,12 +62,17 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
     [
         ("loop.stepz=3", "loop.stepz is not a field of the config; did you mean loop.steps?"),
         ("learner.optimizer.lr=3", "did you mean learner.optimizer"),
+        ("loop.steps='3'", "loop.steps is '3', but: a whole number is expected"),
+        ("loop.steps=true", "loop.steps is True, but: a number is expected"),
+        ("policy.gradient_checkpointing='yes'", "policy.gradient_checkpointing is 'yes', but: true or false"),
+        ("policy.precision=bfloat16", "weights.tolerance is"),
+        ("pairs.rule=best_vs_reference judge.kind=implicit", "nobody sampled the reference answers"),
         ("loop.steps=many", "loop.steps is 'many'"),
         ("loop.steps=0", "loop.steps is 0"),
         ("loss.kind=dpo", "loss.kind is 'dpo', but: input should be 'sigmoid' or 'ipo'"),
         ("data.kind=web", "'files'"),
         ("data={kind: files}", "data.train is required"),
-        ("data={kind: files, train: a, heldout: b, prompts: 3}", "data.prompts is not a field"),
+        ("data={kind: files, train: a, heldout: b, prompts: 3}", "data.prompts is a field of another kind"),
         ("loop.steps", "not of the form key=value"),
         ("loop.steps.more=3", "not a section"),
         ("loop.sync_every=3", "set loop.max_lag to 2 or more"),
@@ -76,7 +84,25 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
 )
 def test_what_is_wrong_is_said_in_one_sentence(empty: str, override: str, says: str) -> None:
     base = ["loop.steps=3"] if override == "loop.steps.more=3" else []
-    assert says in refusal(empty, *base, override)
+    assert says in refusal(empty, *base, *([override] if "{" in override else override.split()))
+
+
+def test_another_kind_drops_the_fields_of_the_one_before(tmp_path: Path) -> None:
+    """Whatever the order of the overrides; fields that both kinds have stay."""
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {kind: files, train: a.jsonl, heldout_share: 0.2, limit: 4}")
+    config = load_config(
+        AlignConfig, str(path), ["data.path=pictures", "data.question=What?", "data.kind=image_folder"]
+    )
+    assert config.data.model_dump(exclude_defaults=True) == {
+        "kind": "image_folder", "path": "pictures", "question": "What?", "heldout_share": 0.2,
+    }  # fmt: skip
+
+
+def test_help_shows_the_default_that_a_section_has_where_it_is_used() -> None:
+    text = "\n".join(describe_fields(AlignConfig))
+    for role, cpus in (("rollout", "0.5"), ("learner", "0.25"), ("reference", "0.25")):
+        assert f"{role}.resources.cpus  (float, default {cpus})" in text
 
 
 def test_label_smoothing_with_ipo_is_refused(empty: str) -> None:
@@ -102,18 +128,24 @@ def test_a_missing_file_names_the_shipped_ones() -> None:
     assert "demo.yaml" in refusal("nothing.yaml")
 
 
-def test_every_field_is_documented() -> None:
-    def undocumented(model: type, prefix: str = "") -> list[str]:
-        from jobs.config import _models
+def test_every_field_of_every_section_is_documented() -> None:
+    sections = set(Settings.__subclasses__())
+    while more := {sub for one in sections for sub in one.__subclasses__()} - sections:
+        sections |= more
+    assert {AlignConfig, AnnotateConfig, SftConfig} < sections
+    fields = [(one.__name__, name, field) for one in sections for name, field in one.model_fields.items()]
+    assert [(section, name) for section, name, field in fields if not field.description] == []
 
-        missing = []
-        for name, field in model.model_fields.items():  # type: ignore[attr-defined]
-            missing += [] if field.description else [prefix + name]
-            for nested in _models(field.annotation):
-                missing += undocumented(nested, f"{prefix}{name}.")
-        return missing
 
-    assert undocumented(AlignConfig) + undocumented(SftConfig) == []
+def test_help_names_every_field() -> None:
     text = "\n".join(describe_fields(AlignConfig))
-    assert "learner.optimizer.learning_rate" in text
-    assert "policy.lora.rank" in text
+    full = AlignConfig(policy=PolicySettings(lora=LoraSettings()))
+    for name, _ in flatten(full.model_dump(mode="json")):
+        assert f"\n  {name}  (" in f"\n{text}", name
+    assert "judge.members[].judge.kind" in text, "of lists of sections too"
+
+
+def test_a_yaml_fault_is_told_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("loop:\n  steps: [1\nseed: 2\n")
+    assert "is not YAML: line 3: " in refusal(str(path))

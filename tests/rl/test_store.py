@@ -1,5 +1,7 @@
 """The run folder: what is written comes back, on disks and behind fsspec alike."""
 
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -56,9 +58,15 @@ def test_a_folder_is_uploaded_with_its_subfolders_and_replaces_the_one_before(
     assert folder.filesystem.cat_file(folder.path("model/deep/a.txt")) == b"new"
 
 
-def test_a_run_is_only_overwritten_when_asked(folder: RunFolder) -> None:
+def begin(folder: RunFolder, state: str = "finished") -> None:
+    """What a run leaves that has made its first pairs."""
     folder.write_text("config.yaml", "seed: 0")
+    folder.write_json("status.json", {"state": state})
     folder.write_text("pairs/step-00001.json", "{}")
+
+
+def test_a_run_is_only_overwritten_when_asked(folder: RunFolder) -> None:
+    begin(folder)
     with pytest.raises(DataError, match=r"is not empty.*--resume.*--overwrite"):
         folder.create(overwrite=False, resume=False)
     folder.create(overwrite=False, resume=True)
@@ -67,20 +75,64 @@ def test_a_run_is_only_overwritten_when_asked(folder: RunFolder) -> None:
     assert not folder.exists("config.yaml")
 
 
-def test_a_folder_that_is_no_run_is_never_overwritten(folder: RunFolder) -> None:
-    folder.write_text("thesis.txt", "years of work")
-    with pytest.raises(DataError, match="is not a run folder"):
+def test_a_replaced_run_comes_back_if_the_new_one_comes_to_nothing(folder: RunFolder) -> None:
+    begin(folder)
+    folder.create(overwrite=True, resume=False)
+    folder.write_text("config.yaml", "seed: 1")
+    folder.restore_replaced()
+    assert folder.read_text("config.yaml") == "seed: 0"
+    assert folder.exists("pairs/step-00001.json")
+
+
+def test_a_replaced_run_is_gone_once_the_new_one_is_under_way(folder: RunFolder) -> None:
+    begin(folder)
+    folder.create(overwrite=True, resume=False)
+    folder.discard_replaced()
+    folder.restore_replaced()
+    assert not folder.exists("config.yaml")
+
+
+@pytest.mark.parametrize("names", [["thesis.txt"], ["config.yaml", "pairs/mine.txt"], ["status.json"]])
+def test_a_folder_that_is_no_run_is_never_overwritten(folder: RunFolder, names: list[str]) -> None:
+    for name in names:
+        folder.write_text(name, "years of work")
+    with pytest.raises(DataError, match="not a run folder"):
         folder.create(overwrite=True, resume=False)
-    assert folder.exists("thesis.txt")
+    assert all(folder.read_text(name) == "years of work" for name in names)
 
 
 def test_nothing_to_resume_is_said(folder: RunFolder) -> None:
-    with pytest.raises(DataError, match="has no run to resume"):
+    with pytest.raises(DataError, match="no run to resume"):
         folder.create(overwrite=False, resume=True)
 
 
 def test_a_run_that_failed_before_its_first_pairs_is_replaced(folder: RunFolder) -> None:
     folder.write_text("config.yaml", "seed: 0")
-    folder.write_text("logs/sampler.log", "error")
+    folder.write_json("status.json", {"state": "failed"})
     folder.create(overwrite=False, resume=False)
-    assert not folder.exists("logs")
+    assert not folder.exists("config.yaml")
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(folder: RunFolder) -> None:
+    """One whose writer was killed is not."""
+    code = (
+        "import sys, time\nfrom rl.store import RunFolder\nfolder = RunFolder(sys.argv[1])\n"
+        "folder.write_text('config.yaml', '')\nfolder.set_state('running')\nprint(flush=True)\ntime.sleep(60)"
+    )
+    if not folder.is_local:
+        pytest.skip("another process cannot write into this one's memory")
+    with subprocess.Popen([sys.executable, "-c", code, folder.address], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        for overwrite, resume in ((True, False), (False, True)):
+            with pytest.raises(DataError, match=f"written by process {writer.pid}"):
+                folder.create(overwrite, resume)
+        writer.kill()
+    folder.create(overwrite=False, resume=True)
+
+
+def test_a_row_that_a_crash_cut_off_does_not_count(folder: RunFolder) -> None:
+    folder.append_row("metrics.jsonl", {"step": 1})
+    whole = folder.read_text("metrics.jsonl")
+    folder.write_text("metrics.jsonl", whole + '{"step": 2, "lo')
+    assert folder.rows("metrics.jsonl") == [{"step": 1}]

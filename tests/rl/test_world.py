@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rl.evaluation import Answer, measure
+from rl.evaluation import Answer, BaseAnswer, measure
 from rl.world.grading import grade_answer, hallucinated, is_correct, mentions, says_yes
 from rl.world.prompts import evaluation_prompts, training_prompts
 from rl.world.questions import LANGUAGE_TASKS, ask_language, ask_presence, describe
@@ -157,8 +157,24 @@ def test_metrics_match_a_count_by_hand() -> None:
 def test_win_rate_counts_ties_half_and_leaves_out_abstentions() -> None:
     answers = [answer({"kind": "open"}, str(index), score) for index, score in enumerate([5, 5, 5, None])]
     ids = [one.prompt.id for one in answers]
-    assert measure(answers, dict(zip(ids, [4, 5, 6, 1], strict=True)))["win_rate"] == 0.5
-    assert measure(answers, dict(zip(ids, [4, 5, None, 1], strict=True)))["win_rate"] == 0.75
+
+    def base(*scores: float | None) -> dict[str, BaseAnswer]:
+        return {id: BaseAnswer(make_completion("another."), one) for id, one in zip(ids, scores, strict=True)}
+
+    assert measure(answers, base(4, 5, 6, 1))["win_rate"] == 0.5
+    assert measure(answers, base(4, 5, None, 1))["win_rate"] == 0.75
+    assert "win_rate" not in measure(answers, {})
+
+
+def test_the_same_answer_is_half_a_win_whatever_a_noisy_judge_says() -> None:
+    one = answer({"kind": "open"}, "the same.", 9)
+    base = {one.prompt.id: BaseAnswer(make_completion("the same."), 2)}
+    assert measure([one], base)["win_rate"] == 0.5
+
+
+def test_scores_that_cannot_be_compared_are_not_averaged() -> None:
+    metrics = measure([answer({"kind": "open"}, "an answer.", 9)], {}, absolute=False)
+    assert "judge_score" not in metrics
 
 
 def test_every_class_can_be_drawn_apart() -> None:
