@@ -12,12 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from cluster.connect import check_room, connect
-from cluster.errors import ClusterError, ConfigError, DataError, RaylignError, describe, root_cause
-from jobs.cli import job_parser, run
-from jobs.config import dump_config, flatten, load_config
+from cluster.errors import ClusterError, DataError, RaylignError, describe, root_cause
+from jobs.cli import LEARNER_THREAD, job_parser, leave, run
+from jobs.config import check_same_settings, dump_config, load_config
 from jobs.console import Console
 from jobs.paths import run_address
 from rl.config import AlignConfig
@@ -95,7 +93,7 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
     first_step = 1
     if resume:
         folder.create(overwrite, resume)
-        _check_same_run(folder, config)
+        check_same_settings(folder.read_text("config.yaml"), config, folder.address)
         first_step = _resume_step(folder) + 1
         if first_step > config.loop.steps and folder.exists("summary.json"):
             console.say(f"nothing left to do: {folder.address} is at step {first_step - 1}; raise loop.steps to go on")
@@ -164,7 +162,7 @@ class _Run:
         """Returns finished or stopped; raises what broke either half."""
         with _signals(self._request_stop):
             start, loop = self._sampler.start.remote(), self._sampler.run.remote()
-            learner = threading.Thread(target=self._learn, args=(start,), daemon=True)
+            learner = threading.Thread(target=self._learn, args=(start,), name=LEARNER_THREAD, daemon=True)
             learner.start()
             self._watch(learner, [start, loop])
             results = self._finish()
@@ -276,33 +274,6 @@ class _Run:
             raise root_cause(error) from None
 
 
-# What may differ when a run goes on: how far, on which machines, and how fast; never what is learned from what.
-FREE_TO_CHANGE = (
-    "run.", "cluster.", "loop.steps", "loop.eval_every", "loop.checkpoint_", "rollout.workers", "rollout.resources.",
-    "rollout.max_sequences", "rollout.cpu_cache_gib", "rollout.gpu_memory_fraction", "reference.", "learner.resources.",
-    "weights.", "judge.budget", "judge.concurrency", "judge.requests_per_minute", "judge.tokens_per_minute",
-    "judge.timeout_s", "judge.retries", "judge.cache", "judge.input_price", "judge.output_price", "judge.api_key_env",
-    "judge.base_url", "judge.resources.", "judge.workers",
-)  # fmt: skip
-
-
-def _check_same_run(folder: RunFolder, config: AlignConfig) -> None:
-    """Raise if the stored run was made with other settings that matter; its prompts would be mixed up."""
-    before, now = (
-        dict(flatten(yaml.safe_load(text))) for text in (folder.read_text("config.yaml"), dump_config(config))
-    )
-    changed = [
-        name
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{changed[0]} is {now.get(changed[0])!r}, but the run in {folder.address} has {before.get(changed[0])!r}; "
-            f"--resume goes on with the same settings, others need a run.dir of their own"
-        )
-
-
 def _resume_step(folder: RunFolder) -> int:
     """The step of the newest checkpoint; 0 if there is none but pairs are, which are used again."""
     from ray.train import Result
@@ -336,4 +307,4 @@ class _signals:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    leave(run(main, sys.argv[1:]))

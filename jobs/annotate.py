@@ -12,7 +12,7 @@ from typing import Literal
 from cluster.connect import check_room, connect
 from cluster.errors import JudgeError
 from jobs.cli import job_parser, run
-from jobs.config import dump_config, load_config
+from jobs.config import check_same_settings, dump_config, load_config
 from jobs.paths import run_address
 from rl.annotate import AnnotateConfig, Annotation, describe_faults, totals
 from rl.data import check_files
@@ -46,6 +46,9 @@ def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
     keys = collect_keys(config.judge)
     check_files(config.data.files())
     folder = RunFolder(run_address(config.run.dir))
+    if resume:
+        folder.create(overwrite, resume)
+        check_same_settings(folder.read_text("config.yaml"), config, folder.address)
     connect(config.cluster)
     check_room(config.roles)
     folder.create(overwrite, resume)

@@ -1,11 +1,13 @@
 """The `raylign` command: one sub-command per job."""
 
 import argparse
+import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cluster.errors import RaylignError, describe
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 config, 4 data, 5 cluster, 6 weight sync,
 7 judge, 130 stopped by Ctrl-C (what was done is saved)"""
+
+LEARNER_THREAD = "learner"
 
 JOBS = {
     "align": "align a model to preferences, online",
@@ -66,7 +70,17 @@ def job_parser(job: str, description: str, config: "type[BaseModel] | None" = No
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    leave(main())
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. A thread that is still inside Ray would crash the interpreter while that shuts down, so then it
+    is not given the time to; Ray sees that its driver is gone, and ends what it started for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(thread.name == LEARNER_THREAD for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(job: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -88,4 +102,4 @@ def run(job: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -19,6 +19,15 @@ Config = TypeVar("Config", bound=Settings)
 CONFIGS = Path(__file__).parent / "configs"
 HELP_WIDTH = 110
 
+# What may differ when a run goes on: how far, on which machines, and how fast; never what is learned from what.
+FREE_TO_CHANGE = (
+    "run.", "cluster.", "loop.steps", "loop.eval_every", "loop.checkpoint_", "rollout.workers", "rollout.resources.",
+    "rollout.max_sequences", "rollout.cpu_cache_gib", "rollout.gpu_memory_fraction", "reference.", "learner.resources.",
+    "weights.", "judge.budget", "judge.concurrency", "judge.requests_per_minute", "judge.tokens_per_minute",
+    "judge.timeout_s", "judge.retries", "judge.cache", "judge.input_price", "judge.output_price", "judge.api_key_env",
+    "judge.base_url", "judge.resources.", "judge.workers",
+)  # fmt: skip
+
 
 def load_config(model: type[Config], path: str, overrides: Sequence[str]) -> Config:
     """Read `path`, apply `overrides` (`a.b.c=value`, the value in YAML) and check the result.
@@ -40,6 +49,23 @@ def load_config(model: type[Config], path: str, overrides: Sequence[str]) -> Con
 def dump_config(config: Settings) -> str:
     """The config as YAML, every field resolved."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def check_same_settings(stored: str, config: Settings, where: str) -> None:
+    """Refuse to go on with a run that was made with other settings that matter: its prompts would be mixed up.
+
+    `stored` is the text of its config.yaml.
+
+    Raises:
+        ConfigError: names the first field that differs.
+    """
+    before, now = (dict(flatten(yaml.safe_load(text))) for text in (stored, dump_config(config)))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE):
+            raise ConfigError(
+                f"{name} is {now.get(name)!r}, but the run in {where} has {before.get(name)!r}; --resume goes on with "
+                f"the same settings, others need a run.dir of their own"
+            )
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from rl.store import RunFolder
-from rl.summary import SHOWN_METRICS
+from rl.summary import SHOWN_METRICS, describe_judging
 
 HEADER_EVERY = 20
 
@@ -15,6 +15,7 @@ _COLUMNS: tuple[tuple[str, int, str], ...] = (
     ("pairs", 5, "{pairs:d}"),
     ("ties", 5, "{ties:d}"),
     ("same", 5, "{identical:d}"),
+    ("abst", 5, "{abstentions:d}"),
     ("loss", 7, "{loss:.4f}"),
     ("acc", 5, "{accuracy:.2f}"),
     ("margin", 7, "{reward_margin:.3f}"),
@@ -27,6 +28,8 @@ _COLUMNS: tuple[tuple[str, int, str], ...] = (
     ("update", 6, "{seconds_update:.1f}"),
     ("sync", 5, "{seconds_sync:.1f}"),
 )
+_COST = ("cost", 8, "{judge_cost:.4f}")
+"""So far; shown where the judge counts tokens."""
 
 
 class Console:
@@ -65,6 +68,8 @@ class Console:
         for name in SHOWN_METRICS:
             if name in summary["after"] and name in summary["before"]:
                 print(f"    {name:20} {summary['before'][name]:8.3f} -> {summary['after'][name]:8.3f}")
+        if "cost" in summary["judge"]:
+            print(f"    judge: {describe_judging(summary['judge'])}")
         print(f"    largest probe difference {summary['probe_max_abs_diff']:.2g} nats per token")
         for name in ("report.html", "summary.json", "model"):
             print(f"    {name:14} {folder.url(name)}")
@@ -74,10 +79,11 @@ class Console:
     def _flush(self, steps: int) -> None:
         if self._row is None:
             return
-        if self._lines % HEADER_EVERY == 0:
-            print(f"{'step':>9} " + " ".join(f"{name:>{width}}" for name, width, _ in _COLUMNS))
-        self._lines += 1
         row = {"seconds_sync": 0.0, **self._row}
-        cells = " ".join(f"{shape.format(**row):>{width}}" for _, width, shape in _COLUMNS)
+        columns = (*_COLUMNS, _COST) if "judge_input_tokens" in row else _COLUMNS
+        if self._lines % HEADER_EVERY == 0:
+            print(f"{'step':>9} " + " ".join(f"{name:>{width}}" for name, width, _ in columns))
+        self._lines += 1
+        cells = " ".join(f"{shape.format(**row):>{width}}" for _, width, shape in columns)
         print(f"{row['step']:>4}/{steps:<4} {cells}", flush=True)
         self._row = None

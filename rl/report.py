@@ -5,6 +5,7 @@ from typing import Any
 
 from rl.charts import line_chart, render_page
 from rl.store import RunFolder, read_evaluations
+from rl.summary import describe_judging
 
 GALLERY_SIZE = 24
 
@@ -79,6 +80,7 @@ def write_report(folder: RunFolder) -> None:
         table=_table(summary),
         charts=[chart for chart in charts if chart],
         gallery=_gallery(folder, evaluations[0], evaluations[-1]) if evaluations else [],
+        judging=describe_judging(summary["judge"]) if summary["judge"] else "",
         config=folder.read_text("config.yaml"),
     )
     folder.write_text("report.html", page)

@@ -2,7 +2,8 @@
 
 Keys: `before` and `after` (metrics of the base and of the last evaluation; rates are fractions; empty if the judge
 could not be asked), `policy_version`,
-`pairs`, `ties`, `identical`, `unjudged`, `abstentions` (sums over all steps), `updates`, `publications`,
+`pairs`, `ties`, `identical`, `unjudged`, `abstentions` (sums over all steps), `judge` (what judging took in all, see
+`Judge.spent`), `updates`, `publications`,
 `probe_max_abs_diff` (nats per token, over all publications), `seconds` (per phase, and in `total` from command to end,
 the parts of a resumed run together), `startup` (seconds after the start of the sampling half at which each part was
 ready, in the last part of a resumed run), `peak_memory_bytes` (all Ray processes of the node, shared pages once),
@@ -49,6 +50,7 @@ def summarise(
         "after": evaluations[-1]["metrics"] if evaluations else {},
         "policy_version": results["version"],
         **{name: sum(row[name] for row in steps) for name in COUNTS},
+        "judge": _judging(steps[-1]) if steps else {},
         "updates": len(steps),
         "publications": len(publications),
         "probe_max_abs_diff": max((row["probe_max_abs_diff"] for row in publications), default=0.0),
@@ -60,10 +62,32 @@ def summarise(
     }
 
 
+def describe_judging(spent: dict[str, float]) -> str:
+    """What judging took, in one line; keys as in `Judge.spent`."""
+    parts = [f"{spent.get('calls', 0):.0f} calls"]
+    parts += [
+        f"{spent[name]:.0f} {name}"
+        for name in ("cached", "retries", "blocked", "unreadable", "failed")
+        if spent.get(name)
+    ]
+    if checked := spent.get("order_checked"):
+        parts.append(f"both orders agree in {100 * spent.get('order_consistent', 0) / checked:.1f} %")
+    if checked := spent.get("compared"):
+        parts.append(f"members disagree in {100 * spent.get('disagreement', 0) / checked:.1f} %")
+    if tokens := spent.get("input_tokens", 0) + spent.get("output_tokens", 0):
+        parts.append(f"{tokens:,.0f} tokens, cost {spent.get('cost', 0.0):.4f}")
+    return ", ".join(parts)
+
+
+def _judging(row: dict[str, Any]) -> dict[str, Any]:
+    """What the judge had spent when this step's pairs were made."""
+    return {name.removeprefix("judge_"): value for name, value in row.items() if name.startswith("judge_")}
+
+
 def _earlier_seconds(steps: Sequence[dict[str, Any]], first_step: int) -> float:
     """What the parts before the last took up to the last step that is kept: each row has the time since its start."""
     times = [row["time"] for row in steps if row["step"] < first_step]
-    return sum(now for now, later in zip(times, [*times[1:], 0.0], strict=True) if later < now)
+    return sum(now for now, later in zip(times, [*times[1:], 0.0], strict=False) if later < now)
 
 
 def package_versions() -> dict[str, str]:

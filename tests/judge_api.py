@@ -1,6 +1,6 @@
 """The remote APIs of judges, played over real HTTP on loopback: Gemini's REST and OpenAI's chat completions.
 
-Answers that hold "good" get top grades, all others low ones. A test queues what shall go wrong.
+Answers that hold `good` get top grades, all others low ones. A test queues what shall go wrong.
 """
 
 import json
@@ -32,6 +32,8 @@ class JudgeApi:
         self.always = ""
         """What goes wrong with every call."""
         self.delay = 0.0
+        self.good = "good"
+        """What good answers hold."""
         self.favours_first = False
         """Pairwise: the first answer always wins."""
         self.knows_schemas = True
@@ -61,14 +63,15 @@ class JudgeApi:
             a, b = (re.search(rf"\[Answer {x}\]\n(.*?)\n\[End", text, re.S)[1] for x in "AB")  # type: ignore[index]
             if self.favours_first:
                 return {"reason": "first", "verdict": "A"}
-            verdict = "A" if "good" in a and "good" not in b else "B" if "good" in b and "good" not in a else "tie"
+            better = (self.good in a) - (self.good in b)
+            verdict = "A" if better > 0 else "B" if better < 0 else "tie"
             return {"reason": f"{verdict} is what it is", "verdict": verdict}
         answers = re.findall(r"\[Answer \d+\]\n(.*?)\n\[End of answer \d+\]", text, re.S)
-        return {"answers": [grades(answer) for answer in answers]}
+        return {"answers": [grades(answer, self.good in answer) for answer in answers]}
 
 
-def grades(answer: str) -> dict[str, Any]:
-    high = 4 if "good" in answer else 1
+def grades(answer: str, good: bool) -> dict[str, Any]:
+    high = 4 if good else 1
     return {
         "reason": f"about {answer}", "helpfulness": high, "correctness": high, "coherence": high, "complexity": 1,
         "verbosity": 2,
@@ -119,7 +122,7 @@ def judge_api() -> Iterator[JudgeApi]:
                 verdict = verdict.replace('"helpfulness": 4', '"helpfulness": "very"').replace('"verdict"', '"winner"')
                 verdict = verdict.replace('"helpfulness": 1', '"helpfulness": 7')
             elif fault == "wrong_count":
-                verdict = json.dumps({"answers": [grades("good")]})
+                verdict = json.dumps({"answers": [grades("good", True)]})
             self._send(200, _gemini(verdict, fault) if gemini else _openai(verdict, fault))
             return None
 

@@ -23,11 +23,20 @@ class EnsembleJudge(Judge):
         self.absolute = all(judge.absolute for judge, _ in members)
         self._members = list(members)
         self._compared: Counter[str] = Counter()
-        self._before: tuple[Counter[str], float] = (Counter(), 0.0)
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Of all together, and of each member, that its budget may go on."""
+        each = enumerate(judge.spent.items() for judge, _ in self._members)
+        return super().spent | {f"member{index}_{name}": value for index, items in each for name, value in items}
 
     def restore(self, spent: Mapping[str, float]) -> None:
-        super().restore(spent)
-        self._before = (self.tally.copy(), self.cost)
+        """See `Judge.restore`."""
+        for index, (judge, _) in enumerate(self._members):
+            prefix = f"member{index}_"
+            judge.restore({key.removeprefix(prefix): one for key, one in spent.items() if key.startswith(prefix)})
+        self._compared = Counter({name: int(spent.get(name, 0)) for name in ("compared", "disagreement")})
+        self._add_up()
 
     def stop(self) -> None:
         for judge, _ in self._members:
@@ -39,9 +48,12 @@ class EnsembleJudge(Judge):
         """See `Judge.grade`."""
         verdicts = await asyncio.gather(*(judge.grade(prompts, completions) for judge, _ in self._members))
         mixed = [self._mix(groups) for groups in zip(*verdicts, strict=True)]
-        self.tally = sum((judge.tally for judge, _ in self._members), self._compared + self._before[0])
-        self.cost = self._before[1] + sum(judge.cost for judge, _ in self._members)
+        self._add_up()
         return mixed
+
+    def _add_up(self) -> None:
+        self.tally = sum((judge.tally for judge, _ in self._members), self._compared)
+        self.cost = sum(judge.cost for judge, _ in self._members)
 
     def _mix(self, groups: Sequence[Sequence[Judgement]]) -> list[Judgement]:
         """`groups` holds one member's judgements of a prompt each."""

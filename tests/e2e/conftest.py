@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
     "loop": {"steps": 3, "prompts_per_step": 16, "eval_every": 3, "checkpoint_every": 2},
     "policy": {"max_length": 128},
     "data": {"kind": "world", "prompts": 120, "heldout_scenes": 12},
-    "rollout": {"sampling": {"completions": 4, "max_tokens": 48}},
+    "rollout": {"sampling": {"completions": 4, "temperature": 1.5, "max_tokens": 48}},
     "learner": {"optimizer": {"learning_rate": 1e-4}},
 }
 
@@ -77,12 +77,19 @@ def raylign(*arguments: str, limit: float = RUN_LIMIT_S, cwd: Path = ROOT) -> Ou
     return Outcome(done.returncode, done.stdout)
 
 
-def start(*arguments: str) -> "subprocess.Popen[str]":
-    """Start the command and return at once."""
+def start(*arguments: str, joining: bool = True) -> "subprocess.Popen[str]":
+    """Start the command as a shell does, in a process group of its own, and return at once.
+
+    Where it does not join a cluster, nothing is said of RAY_AUTH_MODE either.
+    """
+    env = environment()
+    if not joining:
+        del env["RAY_AUTH_MODE"]
     return subprocess.Popen(
         [str(BIN / "raylign"), *arguments],
         cwd=ROOT,
-        env=environment(),
+        env=env,
+        start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -105,8 +112,8 @@ def read_until(process: "subprocess.Popen[str]", text: str, limit: float = RUN_L
 
 
 def interrupt(process: "subprocess.Popen[str]", limit: float = RUN_LIMIT_S) -> Outcome:
-    """Ctrl-C, then wait for the end."""
-    process.send_signal(signal.SIGINT)
+    """Ctrl-C, which reaches the whole process group, then wait for the end."""
+    os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=limit)
     return Outcome(process.returncode, output)
 
@@ -169,3 +176,10 @@ def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
+
+
+def listeners(port: int) -> set[str]:
+    """The IPv4 addresses on which something listens on a port, as the kernel writes them; 0100007F is loopback."""
+    table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    bound = (row[1].split(":") for row in table if row[3] == "0A")
+    return {address for address, hexadecimal in bound if int(hexadecimal, 16) == port}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Cluster, interrupt, logs, raylign, read_until, rows, start, summary
+from tests.judge_api import KEY, USAGE, judge_api
 
 METRICS = ("chair_s", "chair_i", "object_recall", "pope_accuracy", "pope_f1", "language_accuracy", "judge_score")
 
@@ -48,6 +49,8 @@ def test_recorded_lag_is_the_distance_of_versions_and_stays_within_the_bound(ful
         assert all(0 <= lag <= 1 for lag in lags)
         assert row["lag"] == pytest.approx(sum(lags) / len(lags))
         assert row["lag_max"] == max(lags)
+    assert rows(full_run)[0]["lag"] == 0
+    assert rows(full_run)[1]["lag"] == 1, "the second batch is sampled before there is a second version"
 
 
 def test_pairs_load_as_a_preference_set_and_come_back_unchanged(full_run: Path) -> None:
@@ -147,13 +150,14 @@ def _merge(folder: Path) -> bool:
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(("workers", "tokens"), [(1, 200), (2, 150)])
 def test_the_gradient_does_not_depend_on_ranks_or_passes(
-    cluster: Cluster, full_run: Path, small_config: Path, tmp_path: Path
+    cluster: Cluster, full_run: Path, small_config: Path, tmp_path: Path, workers: int, tokens: int
 ) -> None:
-    """One rank in many passes makes the same first update as two ranks in one."""
+    """One rank in many passes, and two in many unequal ones, make the same first update as two ranks in one pass."""
     outcome = raylign(
         "align", str(small_config), f"run.dir={tmp_path / 'run'}", f"cluster.address={cluster.address}",
-        "learner.workers=1", "learner.optimizer.tokens_per_microbatch=200", "loop.steps=1",
+        f"learner.workers={workers}", f"learner.optimizer.tokens_per_microbatch={tokens}", "loop.steps=1",
     )  # fmt: skip
     assert outcome.code == 0, outcome.output + logs(tmp_path / "run")
     ours, theirs = rows(tmp_path / "run"), rows(full_run)
@@ -169,6 +173,7 @@ def test_the_gradient_does_not_depend_on_ranks_or_passes(
         (["cluster.address=127.0.0.1:1"], 5, "nothing answers at 127.0.0.1:1"),
         (["data={kind: files, train: nothing.jsonl, heldout: nothing.jsonl}"], 4, "nothing.jsonl does not exist"),
         (["policy.max_length=70"], 4, "takes"),
+        (["data={kind: files, train: tests/e2e/prompts.jsonl}"], 4, "has no `truth`, by which the oracle judges"),
     ],
 )
 def test_what_cannot_run_is_refused_and_the_folder_stays_usable(
@@ -182,10 +187,46 @@ def test_what_cannot_run_is_refused_and_the_folder_stays_usable(
         assert "Traceback" not in outcome.output
 
 
-def test_a_stopped_run_saves_and_resumes_where_it_was(cluster: Cluster, small_config: Path, tmp_path: Path) -> None:
+def test_a_judge_that_refuses_ends_the_run_with_what_was_learned(
+    cluster: Cluster, small_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget lasts for the base's 20 held-out prompts, and some steps of 16 or more."""
     folder = tmp_path / "run"
-    arguments = ("align", str(small_config), f"run.dir={folder}", f"cluster.address={cluster.address}")
-    process = start(*arguments, "loop.steps=40")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with judge_api() as api:
+        api.good = "circle"
+        judge = f"{{kind: openai, base_url: {api.url}/v1, model: m, api_key_env: OPENAI_API_KEY, input_price: 1.0}}"
+        outcome = raylign(
+            "align", str(small_config), f"run.dir={folder}", f"cluster.address={cluster.address}", f"judge={judge}",
+            f"judge.budget={110.5 * USAGE[0] / 1e6}", "data.heldout_scenes=4", "pairs.margin=1",
+            "loop.steps=20",
+        )  # fmt: skip
+    assert outcome.code == 7, outcome.output + logs(folder)
+    assert "error: judge.budget" in outcome.output
+    assert len(api.requests) <= 110
+    assert 1 <= summary(folder)["policy_version"] < 20
+    assert summary(folder)["before"]["judge_score"] > 0
+    assert (folder / "report.html").is_file()
+    assert (folder / "model/model.safetensors").is_file()
+    assert KEY not in outcome.output + "".join(file.read_text() for file in folder.rglob("*.yaml"))
+
+
+def test_a_judge_that_refuses_at_once_ends_the_run_at_once(
+    cluster: Cluster, small_config: Path, tmp_path: Path
+) -> None:
+    """While the learner is still starting; nothing is left of the run that could not be replaced."""
+    arguments = ["align", str(small_config), f"run.dir={tmp_path / 'run'}", f"cluster.address={cluster.address}"]
+    outcome = raylign(*arguments, "judge={kind: rules, function: 'os:fsencode'}", "pairs.margin=1")
+    assert outcome.code == 7, outcome.output
+    assert "os:fsencode failed on prompt" in outcome.output
+    assert json.loads((tmp_path / "run/status.json").read_text()) == {"state": "failed"}
+
+
+def test_a_stopped_run_saves_and_resumes_where_it_was(small_config: Path, tmp_path: Path) -> None:
+    """On a cluster that the run starts itself, which asks for a token; Ctrl-C reaches all its processes."""
+    folder = tmp_path / "run"
+    arguments = ("align", str(small_config), f"run.dir={folder}")
+    process = start(*arguments, "loop.steps=40", joining=False)
     seen = read_until(process, "3/40")
     stopped = interrupt(process)
     assert stopped.code == 130, seen + stopped.output
@@ -195,12 +236,21 @@ def test_a_stopped_run_saves_and_resumes_where_it_was(cluster: Cluster, small_co
     assert json.loads((folder / "status.json").read_text()) == {"state": "stopped"}
     assert (folder / "model/model.safetensors").is_file()
 
+    changed = raylign(*arguments, "loop.steps=50", "loop.prompts_per_step=8", "--resume", limit=60)
+    assert changed.code == 3
+    assert "loop.prompts_per_step is 8, but the run in" in changed.output
+    done = raylign(*arguments, f"loop.steps={reached}", "--resume", limit=60)
+    assert done.code == 0
+    assert "nothing left to do" in done.output
+    before = summary(folder)["seconds"]["total"]
+
     resumed = raylign(*arguments, f"loop.steps={reached + 2}", "--resume")
     assert resumed.code == 0, resumed.output + logs(folder)
     assert f"resuming after step {reached}" in resumed.output
     table = rows(folder)
     assert [row["step"] for row in table] == list(range(1, reached + 3))
     assert summary(folder)["policy_version"] == reached + 2
+    assert summary(folder)["seconds"]["total"] > before
     assert summary(folder)["probe_max_abs_diff"] <= 1e-4
     ends = [
         json.loads((folder / f"pairs/step-{step:05d}.json").read_text())["position"] for step in range(1, reached + 3)

@@ -2,14 +2,13 @@
 
 import base64
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import make_prompt
-from tests.e2e.conftest import Cluster, free_port, raylign, read_until, start
+from tests.e2e.conftest import Cluster, free_port, listeners, raylign, read_until, start
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +56,4 @@ def test_a_run_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_endpoint_listens_on_loopback_only(client: Any) -> None:
-    port = client.base_url.port
-    listeners = subprocess.run(["cat", "/proc/net/tcp"], stdout=subprocess.PIPE, text=True).stdout
-    bound = {line.split()[1] for line in listeners.splitlines()[1:] if line.split()[3] == "0A"}
-    assert f"00000000:{port:04X}" not in bound
-    assert f"0100007F:{port:04X}" in bound
+    assert listeners(client.base_url.port) == {"0100007F"}

@@ -53,7 +53,8 @@ def test_a_dumped_config_loads_as_the_same_config(empty: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_is_valid(path: Path) -> None:
-    model = SftConfig if "output" in yaml.safe_load(path.read_text()) else AlignConfig
+    is_sft = "output" in yaml.safe_load(path.read_text())
+    model = SftConfig if is_sft else AnnotateConfig if "annotate" in path.name else AlignConfig
     load_config(model, str(path), [])
 
 
@@ -141,8 +142,15 @@ def test_help_names_every_field() -> None:
     text = "\n".join(describe_fields(AlignConfig))
     full = AlignConfig(policy=PolicySettings(lora=LoraSettings()))
     for name, _ in flatten(full.model_dump(mode="json")):
-        assert f"\n  {name}  (" in f"\n{text}", name
+        assert f"\n  {name}  (" in f"\n{text}" or f"\n{name}: " in text, name
     assert "judge.members[].judge.kind" in text, "of lists of sections too"
+
+
+def test_the_config_in_the_readme_is_valid(tmp_path: Path) -> None:
+    readme = (CONFIGS.parents[1] / "README.md").read_text()
+    (tmp_path / "my.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
+    config = load_config(AlignConfig, str(tmp_path / "my.yaml"), [])
+    assert config.judge.kind == "gemini"
 
 
 def test_a_yaml_fault_is_told_with_its_line(tmp_path: Path) -> None:
