@@ -39,6 +39,8 @@ class JudgeError(RaylignError):
     exit_code = 7
 
 
+# Of what an actor's constructor raises, Ray passes on the text alone.
+_OURS = re.compile(r"^cluster\.errors\.(ConfigError|DataError|ClusterError|WeightSyncError|JudgeError): (.+)$", re.M)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -54,6 +56,8 @@ def root_cause(error: BaseException) -> BaseException:
         seen.add(id(current))
         if isinstance(current, RaylignError) and not type(current).__module__.startswith("ray."):
             return current
+        if (said := _OURS.search(str(current))) and type(current).__module__.startswith("ray."):
+            return next(kind for kind in RaylignError.__subclasses__() if kind.__name__ == said[1])(said[2])
         if foreign is None and not type(current).__module__.startswith("ray."):
             foreign = current
         queue += list(getattr(current, "worker_failures", {}).values())

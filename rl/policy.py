@@ -77,11 +77,11 @@ def load_processor(model: str) -> "ProcessorMixin":
     Raises:
         DataError: it is missing or broken, or has no chat template.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
     try:
-        processor = AutoProcessor.from_pretrained(model)
         sees = takes_images(AutoConfig.from_pretrained(model))
+        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(model)
     except (OSError, ValueError) as error:
         raise DataError(f"policy.model: the processor of {model} cannot be loaded ({_first_line(error)})") from error
     if sees and not hasattr(processor, "image_processor"):

@@ -13,7 +13,7 @@ from rl.batching import plan_microbatches
 from rl.engine import prepare_worker
 from rl.judges.base import Judge, JudgeBase, JudgeContext
 from rl.judges.instructions import digest
-from rl.policy import Precision, resolve_model
+from rl.policy import Precision, resolve_model, takes_images
 from rl.types import Completion, Judgement, Prompt
 
 if TYPE_CHECKING:
@@ -59,16 +59,17 @@ class RewardWorker:
         log_to_file(Path(log))
         prepare_worker(settings.resources.threads)
         import torch
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoProcessor
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer
 
-        if getattr(AutoConfig.from_pretrained(model), "num_labels", 1) != 1:
+        config = AutoConfig.from_pretrained(model)
+        if getattr(config, "num_labels", 1) != 1:
             raise ConfigError(f"judge.model: {model} has a head of several outputs; a reward model has one")
         self._settings = settings
         self._device = torch.device("cuda" if settings.resources.gpus else "cpu")
-        self._processor = AutoProcessor.from_pretrained(model)
+        self._takes_images = takes_images(config)
+        self._processor = (AutoProcessor if self._takes_images else AutoTokenizer).from_pretrained(model)
         dtype = getattr(torch, settings.precision)
         self._model = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).to(self._device).eval()
-        self._takes_images = hasattr(self._processor, "image_processor")
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -91,21 +92,24 @@ class RewardWorker:
                     f"without looking"
                 )
         texts = [self._render(prompt, answer) for prompt, answer in conversations]
-        lengths = [len(text) // 3 + 1 for text in texts]
         rewards = [0.0] * len(texts)
-        (passes,) = plan_microbatches(lengths, 1, self._settings.tokens_per_batch)
-        with torch.inference_mode():
-            for indices in passes:
+        with_images = [index for index, (prompt, _) in enumerate(conversations) if prompt.images]
+        without = [index for index, (prompt, _) in enumerate(conversations) if not prompt.images]
+        for group in (with_images, without):  # no processor takes both in one batch
+            lengths = [len(texts[index]) // 3 + 1 for index in group]
+            (passes,) = plan_microbatches(lengths, 1, self._settings.tokens_per_batch)
+            for places in passes:
+                indices = [group[place] for place in places]
                 images = [[image.open() for image in conversations[index][0].images] for index in indices]
-                more: dict[str, Any] = {"images": images} if any(images) else {}
                 batch = self._processor(
                     text=[texts[index] for index in indices],
                     return_tensors="pt",
                     padding=True,
                     add_special_tokens=False,  # the chat template has written them
-                    **more,
+                    **({"images": images} if group is with_images else {}),
                 )
-                logits = self._model(**batch.to(self._device)).logits.float()
+                with torch.inference_mode():
+                    logits = self._model(**batch.to(self._device)).logits.float()
                 for index, reward in zip(indices, logits[:, 0].tolist(), strict=True):
                     rewards[index] = reward
         return rewards

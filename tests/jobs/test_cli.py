@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ClusterError, ConfigError, DataError, RaylignError, WeightSyncError
+from cluster.errors import ClusterError, ConfigError, DataError, RaylignError, WeightSyncError, describe, root_cause
 from jobs.align import plan
 from jobs.cli import JOBS, main, run
 from rl.config import AlignConfig
@@ -43,6 +43,24 @@ def test_an_error_is_printed_as_its_sentence_without_traceback(capsys: pytest.Ca
 
     assert run(job, []) == DataError.exit_code
     assert capsys.readouterr().err == "error: row 3: the image is broken\n"
+
+
+def test_what_ray_wraps_is_told_by_its_own_words() -> None:
+    """Of an error in an actor's constructor Ray passes on nothing but a coloured trace."""
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    def wrapped(cause: Exception) -> Exception:
+        trace = f"\x1b[36mray::Worker.__init__()\x1b[39m (pid=1)\n  File x, line 3\n{type(cause).__module__}."
+        return RayTaskError("f", trace + f"{type(cause).__name__}: {cause}", cause).as_instanceof_cause()
+
+    died = ActorDiedError()
+    died.error_msg = "The actor died\n\x1b[36mray::W()\x1b[39m\n  File x\ncluster.errors.DataError: row 3: no image"
+    assert isinstance(root_cause(died), DataError)
+    assert str(root_cause(died)) == "row 3: no image"
+    assert describe(wrapped(ValueError("two\nlines"))) == "ValueError: two"
+    assert isinstance(root_cause(wrapped(ConfigError("field"))), ConfigError)
+    died.error_msg = "The actor died\n\x1b[36mray::W()\x1b[39m\n  File x\nOSError: no such model"
+    assert describe(died) == "ActorDiedError: OSError: no such model"
 
 
 def test_dry_run_names_config_actors_and_outputs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,7 +11,16 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from cluster.errors import DataError
-from rl.data import DataSettings, PromptSets, ShuffledStream, check_prompts, split_by_image, without_leaks
+from rl.data import (
+    DataSettings,
+    MixedData,
+    PromptSets,
+    ShuffledStream,
+    check_files,
+    check_prompts,
+    split_by_image,
+    without_leaks,
+)
 from rl.formats import Fault
 from rl.policy import load_processor, resolve_model
 from rl.types import Prompt
@@ -60,6 +69,15 @@ def test_prompts_are_read_with_their_images(tmp_path: Path) -> None:
         ({"prompt": "x", "imgae": "a.png"}, r"row 2: unknown column 'imgae' \(known are "),
         ({"prompt": "x", "images": ["no.png"]}, "row 2: image: image file .*no.png does not exist"),
         ({"prompt": "x", "images": ["broken.png"]}, "row 2: image: this is no image"),
+        ({"prompt": "x", "truth": "blue"}, "row 2: `truth` must be an object with a `kind` of describe, "),
+        ({"prompt": "x", "truth": {"kind": "colour"}}, "row 2: `truth` must be an object with a `kind` of describe, "),
+        ({"prompt": "x", "truth": {"kind": "describe"}}, "row 2: `truth` of kind describe needs `objects`"),
+        ({"prompt": "x", "truth": {"kind": "describe", "objects": [["here", "cat"]]}}, "needs `objects`, a list of"),
+        (
+            {"prompt": "x", "truth": {"kind": "sum", "answer": 3}},
+            "row 2: `truth` of kind sum needs an `answer`, a text",
+        ),
+        ({"prompt": "x", "truth": {"kind": "presence", "answer": "no"}}, "needs `negatives`: random, popular"),
         ({"messages": [{"role": "user"}]}, "row 2: each message needs `role` and `content`"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "row 2: message content must be"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "1 image parts in the messages but 0"),
@@ -161,6 +179,29 @@ def test_prompts_that_do_not_fit_are_refused_by_id() -> None:
     check_prompts([prompt], processor, room=69, max_images=1)
     with pytest.raises(DataError, match=f"prompt {prompt.id} takes 69 tokens with its images, but only 68 fit"):
         check_prompts([prompt], processor, room=68, max_images=1)
+
+
+def test_a_placeholder_in_the_text_is_no_image() -> None:
+    prompt = make_prompt("What does <image> mean?", None)
+    with pytest.raises(DataError, match=rf"prompt {prompt.id} has 0 images but 1 image placeholders in its text"):
+        check_prompts([prompt], load_processor(resolve_model("rl/world/base")), room=100, max_images=1)
+
+
+def test_rows_that_share_an_id_are_prompts_of_their_own(tmp_path: Path) -> None:
+    rows = [{"prompt": text, "id": "7"} for text in ("one?", "two?", "three?")]
+    prompts = read(write(tmp_path / "p.jsonl", *rows))
+    assert len({prompt.id for prompt in prompts}) == 3
+    assert all(prompt.id.startswith("7-") for prompt in prompts)
+
+
+def test_files_that_are_not_there_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "there.jsonl").write_text("")
+    fields = {"kind": "mixed", "parts": [
+        {"data": {"kind": "files", "train": str(tmp_path / "there.jsonl")}},
+        {"data": {"kind": "image_folder", "path": str(tmp_path / "gone"), "question": "What?"}},
+    ]}  # fmt: skip
+    with pytest.raises(DataError, match=r"data\.path: file .*gone does not exist"):
+        check_files(MixedData.model_validate(fields).files())
 
 
 def test_more_images_than_allowed_are_refused_by_id() -> None:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cluster.errors import DataError
+from rl import images
 from rl.images import MAX_SIDE, canonicalise
 
 
@@ -58,8 +59,8 @@ def test_canonicalising_twice_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "cannot be read"),
-        (b"<html>not found</html>", "cannot be read"),
+        (b"", "this is no image"),
+        (b"<html>not found</html>", "this is no image"),
         (encoded(Image.effect_noise((64, 64), 50), "JPEG")[:500], "cannot be read"),
         (encoded(Image.new("RGB", (3, 300))), "each side must be 4 px or more"),
         (encoded(Image.new("1", (20_000, 20_000))), "pixels"),
@@ -68,6 +69,18 @@ def test_canonicalising_twice_changes_nothing() -> None:
 def test_a_bad_image_is_refused_by_its_place(content: bytes, says: str) -> None:
     with pytest.raises(DataError, match=f"row 7: .*{says}"):
         canonicalise(content, "row 7")
+
+
+@pytest.mark.parametrize("size", [(3, 200), (4, 201), (1000, 10)])
+def test_a_sliver_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match="each side must be 4 px or more, and neither over 50 times the other"):
+        canonicalise(Image.new("RGB", size), "row 3")
+
+
+def test_bytes_are_measured_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="row 3: the image is over 1 MiB"):
+        canonicalise(bytes((1 << 20) + 1), "row 3")
 
 
 def test_a_missing_file_is_refused_by_its_path(tmp_path: Path) -> None:

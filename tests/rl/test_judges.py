@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from cluster.errors import ConfigError, JudgeError
-from rl.judges import Judge, JudgeContext, JudgeSettings
-from rl.types import Completion, Prompt
+from cluster.errors import ConfigError, DataError, JudgeError
+from rl.judges import Judge, JudgeContext, JudgeSettings, OracleSettings
+from rl.judges.oracle import OracleJudge
+from rl.types import WRITTEN, Completion, Prompt
 from tests.conftest import make_completion, make_prompt
 
 GROUP = [make_completion("short"), make_completion("rather long"), make_completion("")]
@@ -77,6 +79,33 @@ def test_an_ensemble_weighs_scores_and_counts_disagreement() -> None:
     assert scores(judge, GROUP[:2]) == [(3 * 5 - 5) / 4, (3 * 11 - 11) / 4]
     assert judge.tally["compared"] == 1
     assert judge.tally["disagreement"] == 1
+
+
+def test_an_ensemble_goes_on_from_what_it_and_its_members_spent() -> None:
+    fields = {"kind": "ensemble", "members": [{"judge": rule("longest"), "weight": 3}, {"judge": rule("shortest")}]}
+    first, resumed = build(fields), build(fields)
+    scores(first, GROUP[:2])
+    resumed.restore(json.loads(json.dumps(first.spent)))
+    assert resumed.spent == first.spent
+    scores(resumed, GROUP[:2])
+    assert resumed.tally["compared"] == 2
+    assert resumed.spent["member0_calls"] == 2
+    assert resumed.spent["calls"] == 4
+
+
+def test_an_answer_is_unfinished_only_where_it_was_cut() -> None:
+    truth = {"kind": "count", "answer": "2"}
+    prompt = make_prompt("How many objects are there?", truth=truth)
+    endings = ("stop", WRITTEN, "length")
+    group = [dataclasses.replace(make_completion("2."), finish_reason=ending) for ending in endings]
+    (verdicts,) = asyncio.run(OracleJudge().grade([prompt], [group]))
+    assert [one.attributes.coherence for one in verdicts if one.attributes] == [4, 4, 1]
+
+
+def test_the_oracle_refuses_prompts_without_truth_by_id() -> None:
+    prompt = make_prompt()
+    with pytest.raises(DataError, match=rf"prompt {prompt.id} has no `truth`.*1 of 2.*judge.kind"):
+        OracleSettings().check([make_prompt(truth={"kind": "count", "answer": "2"}), prompt])
 
 
 def test_a_member_that_abstains_on_one_answer_has_no_say_in_the_prompt() -> None:

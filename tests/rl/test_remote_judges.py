@@ -38,7 +38,7 @@ def make(request: pytest.FixtureRequest, api: JudgeApi, tmp_path: Path) -> Make:
     """Builds a judge of each kind from config fields."""
 
     def build(**fields: Any) -> RemoteJudge:
-        url = api.url + ("/v1" if request.param == "openai" else "")
+        url = fields.pop("url", api.url) + ("/v1" if request.param == "openai" else "")
         defaults = {"base_url": url, "cache": str(tmp_path / "cache.sqlite"), "timeout_s": 10, "retries": 2}
         settings: Any = TypeAdapter(JudgeSettings).validate_python({**SDKS[request.param], **defaults, **fields})
         return settings.build(JudgeContext(tmp_path, {"JUDGE_KEY": SecretStr(KEY)}))
@@ -124,6 +124,16 @@ def test_a_rerun_pays_nothing(make: Make, api: JudgeApi) -> None:
     assert len(api.requests) == 2
     assert again.tally["cached"] == 2
     assert again.cost == 0
+
+
+def test_another_endpoint_is_asked_anew(make: Make, api: JudgeApi) -> None:
+    """The same name of a model elsewhere may be another model."""
+    grade(make(), answers("bad", "good"))
+    with judge_api() as other:
+        judge = make(url=other.url)
+        grade(judge, answers("bad", "good"))
+        assert len(other.requests) == 1
+        assert judge.tally["cached"] == 0
 
 
 def test_another_picture_question_or_answer_is_another_question(make: Make, api: JudgeApi) -> None:
