@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.connect import check_room, connect
 from cluster.errors import ClusterError, DataError, RaylignError, describe, root_cause
+from cluster.settings import located
 from jobs.cli import LEARNER_THREAD, job_parser, leave, run
 from jobs.config import check_same_settings, dump_config, load_config
 from jobs.console import Console
-from jobs.paths import run_address
+from jobs.paths import places, run_address
 from rl.config import AlignConfig
 from rl.data import check_files
 from rl.judges import collect_keys
@@ -88,7 +89,8 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
     began = time.time()
     model = resolve_model(config.policy.model)
     keys = collect_keys(config.judge)
-    check_files([*config.data.files(), *(config.pairs.files() if isinstance(config.pairs, OfflinePairs) else ())])
+    placed = located(config, places())
+    check_files([*placed.data.files(), *(placed.pairs.files() if isinstance(placed.pairs, OfflinePairs) else ())])
     folder = RunFolder(run_address(config.run.dir))
     first_step = 1
     if resume:
@@ -109,7 +111,7 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
         if resume:
             folder.cut_back(first_step - 1)
             console.say(f"resuming after step {first_step - 1}")
-        alignment = _Run(config, model, folder, first_step, console, began, keys)
+        alignment = _Run(placed, model, folder, first_step, console, began, keys)
         state = alignment.to_the_end()
     except (RaylignError, KeyboardInterrupt):
         raise

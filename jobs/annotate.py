@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.connect import check_room, connect
-from cluster.errors import JudgeError
+from cluster.errors import JudgeError, RaylignError, root_cause
+from cluster.settings import located
 from jobs.cli import job_parser, run
 from jobs.config import check_same_settings, dump_config, load_config
-from jobs.paths import run_address
-from rl.annotate import AnnotateConfig, Annotation, describe_faults, totals
+from jobs.paths import places, run_address
+from rl.annotate import AnnotateConfig, Annotation, totals
 from rl.data import check_files
-from rl.formats import Fault, counted
+from rl.formats import Fault
 from rl.judges import collect_keys
 from rl.policy import resolve_model
 from rl.store import RunFolder
@@ -44,7 +45,8 @@ def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
     """Annotate to the end, or until it is stopped; returns the exit code."""
     model = resolve_model(config.policy.model)
     keys = collect_keys(config.judge)
-    check_files(config.data.files())
+    placed = located(config, places())
+    check_files(placed.data.files())
     folder = RunFolder(run_address(config.run.dir))
     if resume:
         folder.create(overwrite, resume)
@@ -58,18 +60,18 @@ def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
     logs = Path(folder.path("logs")) if folder.is_local else Path(tempfile.mkdtemp(prefix="raylign-logs-"))
 
     def report(faults: Sequence[Fault]) -> None:
-        folder.append_rows("bad-rows.jsonl", describe_faults(faults))
-        print(
-            f"warning: {counted(len(faults), 'row')} cannot be used; {folder.url('bad-rows.jsonl')} lists them",
-            flush=True,
-        )
+        print(f"warning: {folder.list_faults(faults)}", flush=True)
 
     state: Literal["finished", "stopped", "failed"] = "failed"
     try:
-        annotation = Annotation(config, model, folder, logs, keys, report)
+        annotation = Annotation(placed, model, folder, logs, keys, report)
         folder.discard_replaced()
         complete = asyncio.run(_run(annotation))
         state = "finished" if complete else "stopped"
+    except RaylignError:
+        raise
+    except Exception as error:
+        raise root_cause(error) from None
     finally:
         folder.set_state(state)
         if folder.steps():

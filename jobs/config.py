@@ -1,6 +1,7 @@
 """From a YAML file and dotted overrides to a checked config, with one sentence for each thing that is wrong."""
 
 import difflib
+import re
 import textwrap
 import types
 import typing
@@ -61,7 +62,8 @@ def check_same_settings(stored: str, config: Settings, where: str) -> None:
     """
     before, now = (dict(flatten(yaml.safe_load(text))) for text in (stored, dump_config(config)))
     for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE):
+        of_member = re.sub(r"^judge\.members\.\d+\.judge\.", "judge.", name)
+        if before.get(name) != now.get(name) and not of_member.startswith(FREE_TO_CHANGE):
             raise ConfigError(
                 f"{name} is {now.get(name)!r}, but the run in {where} has {before.get(name)!r}; --resume goes on with "
                 f"the same settings, others need a run.dir of their own"
@@ -69,8 +71,10 @@ def check_same_settings(stored: str, config: Settings, where: str) -> None:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every field of a dumped config."""
+    """(dotted name, value) of every field of a dumped config; parts of a list have their number in the name."""
     for name, value in values.items():
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}.")
         else:

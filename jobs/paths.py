@@ -5,6 +5,11 @@ from pathlib import Path
 from cluster.connect import in_job
 
 
+def places() -> list[Path]:
+    """Where relative paths of inputs are looked for: here, and in a Ray job also where runs are written."""
+    return [Path.cwd(), *([Path.home() / "raylign"] if in_job() else [])]
+
+
 def run_address(directory: str) -> str:
     """A run folder as an absolute address. In a Ray job, whose working directory is a throw-away copy, a relative
     path lies under ~/raylign."""

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from cluster.connect import check_room, connect
 from cluster.errors import DataError, root_cause
+from cluster.settings import located
 from jobs.cli import job_parser, run
 from jobs.config import dump_config, load_config
-from jobs.paths import run_address
-from rl.store import RunFolder
+from jobs.paths import places, run_address
+from rl.store import BAD_ROWS, RunFolder
 from rl.supervised import SftConfig, supervise
 
 
@@ -21,13 +22,15 @@ def main(arguments: Sequence[str]) -> int:
     if options.dry_run:
         print(dump_config(config))
         return 0
-    config = config.model_copy(update={"output": run_address(config.output)})
+    config = located(config, places()).model_copy(update={"output": run_address(config.output)})
     folder = RunFolder(config.output)
     if folder.exists("") and folder.filesystem.ls(folder.path(""), detail=False):
         raise DataError(f"output: {config.output} is not empty; give another folder with output=…")
     connect(config.cluster)
     check_room(config.roles)
     train(config)
+    if folder.exists(BAD_ROWS):
+        print(f"some rows could not be used; {folder.url(BAD_ROWS)} lists them")
     print(f"model written to {config.output}/model")
     return 0
 

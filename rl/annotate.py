@@ -6,19 +6,19 @@ judge's cache before it is used, so that a run can end anywhere and go on with n
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, SecretStr, model_validator
 
 from cluster.connect import ClusterSettings, Role
+from cluster.errors import ConfigError, DataError
 from cluster.settings import Settings
 from rl.config import RunSettings, check_judging
 from rl.data import DataSettings, WorldData, check_prompts
 from rl.formats import Fault
 from rl.judges import Judge, JudgeContext, JudgeSettings, OracleSettings
-from rl.pairs import PairSettings, make_pairs
+from rl.pairs import PairSettings, check_references, make_pairs
 from rl.policy import PolicySettings, load_processor
 from rl.reference import ReferenceSettings, start_reference
 from rl.rollout import Rollouts, RolloutSettings, start_rollouts
@@ -56,6 +56,8 @@ class AnnotateConfig(Settings):
     @model_validator(mode="after")
     def _check_combinations(self) -> "AnnotateConfig":
         check_judging(self.judge, self.pairs, self.rollout.sampling)
+        if self.pairs.uncertain is not None:
+            raise ConfigError("pairs.uncertain smooths labels while a policy learns: set it in align, not here")
         return self
 
     @property
@@ -92,6 +94,7 @@ class Annotation:
         room = config.policy.max_length - config.rollout.sampling.max_tokens
         check_prompts(self.prompts, processor, room, config.rollout.max_images)
         config.judge.check(self.prompts)
+        check_references(self.prompts, config.pairs)
         self._processor = processor
         self._rollouts = Rollouts(start_rollouts(config.rollout, config.policy, model, "object_store", logs))
         reference = (
@@ -110,12 +113,21 @@ class Annotation:
         size = self._config.prompts_per_step
         shares = [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
         done = set(self._folder.steps())
+        self.judge.restore(self._folder.read_spent())
         for step in sorted(done):
+            self._check_same_prompts(step, shares)
             batch = self._folder.read_batch(step)
             assert batch is not None
-            self.judge.restore(batch.judging)
             progress(batch)
         todo = [(step, share) for step, share in enumerate(shares, start=1) if step not in done]
+        try:
+            return await self._annotate(todo, progress)
+        finally:
+            self._folder.write_spent(self.judge.spent)
+
+    async def _annotate(
+        self, todo: Sequence[tuple[int, Sequence[Prompt]]], progress: Callable[[PairBatch], None]
+    ) -> bool:
         ahead: asyncio.Task[list[Answers]] | None = None
         for index, (step, share) in enumerate(todo):
             sampled = await (ahead or self._sample(step, share))
@@ -134,6 +146,16 @@ class Annotation:
         """Begin nothing more; `run` ends once what is under way has come."""
         self._stopping = True
         self.judge.stop()
+
+    def _check_same_prompts(self, step: int, shares: Sequence[Sequence[Prompt]]) -> None:
+        """Rows that were added, removed or changed since shift the prompts of all steps behind them."""
+        before = [one.prompt.id for one in self._folder.read_answers(step) or ()]
+        now = [prompt.id for prompt in shares[step - 1]] if step <= len(shares) else []
+        if before != now:
+            raise DataError(
+                f"data: the prompts of step {step} are not those that were annotated before: the data has changed. "
+                f"Annotate it into another run.dir; replies of a cached judge are not paid for again"
+            )
 
     async def _sample(self, step: int, prompts: Sequence[Prompt]) -> list[Answers]:
         """The step's answers, from disk if they are there."""
@@ -157,6 +179,7 @@ class Annotation:
         self._folder.write_answers(step, judged)
         tokens = sum(len(one.token_ids) for group in completions for one in group)
         counts.update(prompts=len(prompts), completions=sum(map(len, completions)), tokens=tokens)
+        self._folder.write_spent(self.judge.spent)
         batch = PairBatch(step, tuple(pairs), len(prompts), dict(counts), {}, self.judge.spent)
         self._folder.write_batch(batch)
         return batch
@@ -168,10 +191,5 @@ def totals(batches: Sequence[PairBatch]) -> dict[str, Any]:
     for batch in batches:
         for name, value in batch.counts.items():
             counts[name] = counts.get(name, 0) + value
-    last = max(batches, key=lambda batch: batch.judging.get("calls", 0), default=None)
+    last = max(batches, key=lambda batch: batch.step, default=None)
     return counts | ({f"judge_{name}": value for name, value in last.judging.items()} if last else {})
-
-
-def describe_faults(faults: Sequence[Fault]) -> list[dict[str, Any]]:
-    """Rows of bad-rows.jsonl."""
-    return [asdict(fault) for fault in faults]

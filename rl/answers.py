@@ -7,12 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from cluster.errors import ConfigError, DataError
-from cluster.settings import Settings
-from rl.data import DataSettings, ShuffledStream, WorldData
-from rl.formats import Fault
+from cluster.settings import LocalPath, Settings
+from rl.data import DataSettings, Report, ShuffledStream, WorldData
 from rl.store import RunFolder
 from rl.tables import Answers
-from rl.types import Attributes, Completion, Judgement, Prompt
+from rl.types import WRITTEN, Attributes, Completion, Judgement, Prompt
 
 Example = tuple[Prompt, str]
 
@@ -23,7 +22,7 @@ class WorldText(Settings):
     kind: Literal["world"] = "world"
     """Which source."""
 
-    def examples(self, seed: int) -> Iterator[Example]:
+    def examples(self, seed: int, report: Report) -> Iterator[Example]:
         """Prompts and answers without end."""
         from rl.world.training_text import training_examples
 
@@ -38,13 +37,13 @@ class ReferenceAnswers(Settings):
     prompts: DataSettings = WorldData()
     """Where prompts come from; those without a reference answer are passed over."""
 
-    def examples(self, seed: int) -> Iterator[Example]:
+    def examples(self, seed: int, report: Report) -> Iterator[Example]:
         """Prompts and answers, shuffled anew every epoch.
 
         Raises:
             DataError: no prompt has a reference answer.
         """
-        training = self.prompts.load(seed, _ignore).training
+        training = self.prompts.load(seed, report).training
         found = [(prompt, prompt.reference_answer) for prompt in training if prompt.reference_answer]
         if not found:
             raise DataError("data.prompts: no prompt has a reference answer to learn from")
@@ -54,7 +53,7 @@ class ReferenceAnswers(Settings):
 class JudgedSettings(Settings):
     """Answers of a run of annotate."""
 
-    path: str
+    path: LocalPath
     """The run folder."""
 
     def judged(self) -> list[Answers]:
@@ -76,7 +75,7 @@ class BestAnswers(JudgedSettings):
     kind: Literal["best"]
     """Which source."""
 
-    def examples(self, seed: int) -> Iterator[Example]:
+    def examples(self, seed: int, report: Report) -> Iterator[Example]:
         """Prompts and answers, shuffled anew every epoch.
 
         Raises:
@@ -87,10 +86,12 @@ class BestAnswers(JudgedSettings):
             scored = [
                 (judgement.score, one.text)
                 for one, judgement in zip(answers.completions, answers.judgements or (), strict=True)
-                if judgement.score is not None
+                if judgement.score is not None and one.finish_reason != WRITTEN
             ]
             if scored:
                 chosen.append((answers.prompt, max(scored, key=lambda pair: pair[0])[1]))
+        if not chosen:
+            raise DataError(f"data.path: the judge abstained on all answers in {self.path}, so none is the best")
         return _endless(chosen, seed)
 
 
@@ -114,7 +115,7 @@ class SteerLm(JudgedSettings):
             raise ConfigError(f"data.template may name {', '.join(Attributes._fields)} in braces, and must name one")
         return template
 
-    def examples(self, seed: int) -> Iterator[Example]:
+    def examples(self, seed: int, report: Report) -> Iterator[Example]:
         """Prompts with the grades behind them and answers, shuffled anew every epoch.
 
         Raises:
@@ -150,7 +151,3 @@ def _endless(examples: Sequence[Example], seed: int) -> Iterator[Example]:
     stream = ShuffledStream(examples, seed)
     while True:
         yield stream.take(1)[0]
-
-
-def _ignore(faults: Sequence[Fault]) -> None:
-    """Bad rows are refused or skipped as the source says."""

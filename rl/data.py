@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from cluster.errors import DataError
-from cluster.settings import Settings
+from cluster.settings import LocalPath, Settings
 from rl.formats import Fault, FormatName, Record, counted, read_records
 from rl.images import canonicalise
 from rl.render import expanded_length, placeholders
@@ -63,7 +63,7 @@ class WorldData(Settings):
 class FileSettings(Settings):
     """Rows of files in one of the formats that data sets come in."""
 
-    images: str | None = None
+    images: LocalPath | None = None
     """Folder that image names are relative to; left out, the data file's own."""
     start: int = Field(0, ge=0)
     """Records to pass over at the beginning of the training file."""
@@ -90,7 +90,7 @@ class FileSettings(Settings):
                     faults.append(record)
                     continue
                 try:
-                    usable.append(Usable(to_prompt(record, Path(path).stem), record))
+                    usable.append(Usable(to_prompt(record, Path(path).stem), record, (file, row)))
                 except DataError as error:
                     faults.append(Fault(file, row, str(error)))
         except DataError as error:
@@ -114,6 +114,8 @@ class Usable(NamedTuple):
 
     prompt: Prompt
     record: Record
+    where: tuple[str, int]
+    """File name and row."""
 
 
 class PromptFiles(FileSettings):
@@ -124,9 +126,9 @@ class PromptFiles(FileSettings):
     format: FormatName = "prompts"
     """What the rows hold. `prompts` is our own: `prompt` (text) or `messages`, and optionally `images`, `answer`,
     `id` and `truth` (see rl/world/questions.py)."""
-    train: str
+    train: LocalPath
     """File, or folder of files, with training prompts: .jsonl, .json, .csv or .parquet."""
-    heldout: str | None = None
+    heldout: LocalPath | None = None
     """File of held-out prompts for evaluation; left out, a share of the training file."""
     heldout_share: float = Field(0.1, ge=0, lt=1)
     """Share held out where there is no file for it; all prompts of an image go to the same side."""
@@ -154,7 +156,7 @@ class ImageFolder(Settings):
 
     kind: Literal["image_folder"]
     """Which source."""
-    path: str
+    path: LocalPath
     """The folder; searched with all folders in it."""
     question: str
     """What is asked of each image."""
@@ -283,7 +285,7 @@ def split_by_image(prompts: Sequence[Prompt], share: float) -> PromptSets:
     if low == high:
         raise DataError("data: all prompts show the same image, so none can be held out; give a data.heldout file")
     held = [key == low or (key < share and key != high) for key in keys]
-    return PromptSets(
+    return without_leaks(  # a prompt may show several images, of which only the first settled its side
         [prompt for prompt, out in zip(prompts, held, strict=True) if not out],
         [prompt for prompt, out in zip(prompts, held, strict=True) if out],
     )

@@ -5,6 +5,7 @@ A new format is one function here and one line in `FORMATS`.
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,6 +101,9 @@ def _parsed_rows(path: Path, format: Format, images: Path | None) -> Iterator[tu
                     yield file.name, number, record
             except ValueError as error:
                 yield file.name, number, Fault(file.name, number, str(error))
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                why = f"not of the shape that this format has ({type(error).__name__}: {error})"
+                yield file.name, number, Fault(file.name, number, why)
 
 
 def _checked(row: Any, format: Format, images: Path) -> Iterable[Record]:
@@ -192,7 +196,8 @@ def _prompts(row: dict[str, Any], folder: Path) -> Iterable[Record]:
         messages = _user(_text(row, "prompt"), len(images))
     if (truth := row.get("truth")) is not None:
         check_truth(truth)
-    yield Record(messages, tuple(images), row.get("answer") or None, id=_optional_text(row.get("id")), truth=truth)
+    answer = None if row.get("answer") in (None, "") else _nonempty(row["answer"], "answer")
+    yield Record(messages, tuple(images), answer, id=_optional_text(row.get("id")), truth=truth)
 
 
 def _trl(row: dict[str, Any], folder: Path) -> Iterable[Record]:
@@ -414,6 +419,9 @@ def _trl_images(row: dict[str, Any], folder: Path) -> tuple[ImageSource, ...]:
     values = [values] if isinstance(values, str | dict) else values
     if values is None:
         values = [] if row.get("image") is None else [row["image"]]
+    alike = sorted(name for name in row if re.match(r"(ima?ge?|picture|photo)s?($|_)", name) and row[name])
+    if not values and alike:
+        raise ValueError(f"{alike[0]!r} looks like pictures; call the column 'images'")
     return tuple(_image(value, folder) for value in values)
 
 

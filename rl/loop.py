@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,10 @@ from cluster.memory import PeakMemory
 from rl.config import AlignConfig
 from rl.data import ShuffledStream, check_prompts
 from rl.evaluation import Answer, BaseAnswer, measure
-from rl.formats import Fault, counted
+from rl.formats import Fault
 from rl.journal import Journal
 from rl.judges import Judge, JudgeContext
-from rl.pairs import PairSettings, UncertainPairs, make_pairs
+from rl.pairs import PairSettings, UncertainPairs, check_references, make_pairs
 from rl.policy import load_processor
 from rl.queue import BatchQueue
 from rl.reference import start_reference
@@ -82,6 +81,7 @@ class SamplingHalf:
             try:
                 batch = self.store.read_batch(step) or await self.make_batch(step)
             except (JudgeError, NoPairs) as error:
+                self.store.write_spent(self.judge.spent)
                 if step == 1:
                     raise
                 self.journal.warn(str(error))  # the learner finishes what there is
@@ -144,6 +144,7 @@ class SamplingHalf:
             )
         if self.uncertain:
             pairs = self.uncertain.mark(pairs)
+        self.store.write_spent(self.judge.spent)
         return PairBatch(step, tuple(pairs), self.stream.position, dict(counts), timer.seconds, self.judge.spent)
 
     # What the driver calls.
@@ -164,6 +165,8 @@ class SamplingHalf:
         room = config.policy.max_length - max(rollout.sampling.max_tokens, config.loop.eval_max_tokens)
         await asyncio.to_thread(check_prompts, [*training, *self.heldout], self.processor, room, rollout.max_images)
         config.judge.check([*training, *self.heldout])
+        if isinstance(config.pairs, PairSettings):
+            check_references(training, config.pairs)
         items: Sequence[Any] = training
         if isinstance(config.pairs, OfflinePairs):
             items = await asyncio.to_thread(
@@ -180,8 +183,7 @@ class SamplingHalf:
         self.reference = start_reference(reference, config.policy, self.model, self.logs)
         context = JudgeContext(self.logs, self.keys, self.reference.logps)
         self.judge: Judge = config.judge.build(context)
-        if before is not None:
-            self.judge.restore(before.judging)
+        self.judge.restore(self.store.read_spent())
         if self.uncertain:
             for step in range(max(1, self.first_step - self.uncertain.window), self.first_step):
                 self.uncertain.observe(earlier.pairs if (earlier := self.store.read_batch(step)) else ())
@@ -191,10 +193,7 @@ class SamplingHalf:
 
     def report(self, faults: Sequence[Fault]) -> None:
         """List rows that cannot be used in bad-rows.jsonl, and say so."""
-        self.store.append_rows("bad-rows.jsonl", [asdict(fault) for fault in faults])
-        self.journal.warn(
-            f"{counted(len(faults), 'row')} cannot be used; {self.store.url('bad-rows.jsonl')} lists them"
-        )
+        self.journal.warn(self.store.list_faults(faults))
 
     async def stop(self) -> None:
         """Make no more batches; the learner finishes with those that are made."""
@@ -262,6 +261,8 @@ class SamplingHalf:
         except JudgeError as error:
             self.journal.warn(f"version {version} is not evaluated: {error}")
             return
+        finally:
+            self.store.write_spent(self.judge.spent)
         if version == 0 or not self.judge.absolute:
             base = {g[-1].prompt_id: BaseAnswer(g[-1], v[-1].score) for g, v in zip(groups, verdicts, strict=True)}
         answers = [

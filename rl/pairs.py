@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from cluster.errors import DataError
 from cluster.settings import Settings
 from rl.types import WRITTEN, Attributes, Completion, Judgement, Pair, PairValues, Prompt
 
@@ -65,6 +66,21 @@ class PairSettings(Settings):
     """Points taken off a score per 100 tokens of the answer, against a judge that loves length."""
     uncertain: UncertainSettings | None = None
     """Smooth the labels of the pairs with the smallest margins; `loss.kind` sigmoid only."""
+
+
+def check_references(prompts: Sequence[Prompt], settings: PairSettings) -> None:
+    """Refuse prompts of which the rule could never make a pair.
+
+    Raises:
+        DataError: names one by id.
+    """
+    if settings.rule != "best_vs_reference":
+        return
+    if without := [prompt.id for prompt in prompts if not prompt.reference_answer]:
+        raise DataError(
+            f"prompt {without[0]} has no reference answer, which pairs.rule best_vs_reference compares with "
+            f"({len(without)} of {len(prompts)} have none); leave them out, or choose another rule"
+        )
 
 
 def make_pairs(

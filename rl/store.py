@@ -5,6 +5,7 @@ status.json        running, finished, stopped or failed
 metrics.jsonl      one row per optimizer step
 tensorboard/       the same rows as TensorBoard events
 pairs/             step-00001.parquet and step-00001.json: the pairs of a step, and how they came about
+judging.json       calls, tokens and cost of the judge so far
 answers/           of `raylign annotate`: step-00001.parquet, a row per prompt with all answers and verdicts
 evaluations/       version-00000.json: metrics, answers and verdicts on the held-out prompts
 checkpoints/       Ray Train checkpoints of the learner
@@ -19,7 +20,7 @@ logs/              what each actor's libraries printed
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +29,11 @@ from typing import Any, Literal
 import fsspec
 
 from cluster.errors import DataError
+from rl.formats import Fault, counted
 from rl.tables import Answers, read_answers, read_pairs, write_answers, write_pairs
 from rl.types import PairBatch
+
+BAD_ROWS = "bad-rows.jsonl"
 
 
 class RunFolder:
@@ -39,6 +43,7 @@ class RunFolder:
         """`address` is an absolute path or an fsspec URL such as s3://bucket/run."""
         self.address = address.rstrip("/")
         self.filesystem, self._root = fsspec.core.url_to_fs(self.address)
+        self._listed_faults = False
 
     def path(self, name: str) -> str:
         """Where `name` lies, as the filesystem wants it."""
@@ -112,14 +117,25 @@ class RunFolder:
             self.filesystem.rm(self._aside, recursive=True)
 
     def restore_replaced(self) -> None:
-        """Put the run that was set aside back in place of this one, if there is one."""
+        """Put the run that was set aside back in place of this one, if there is one; the list of bad rows stays."""
         if self.filesystem.exists(self._aside):
+            listed = self.read_text(BAD_ROWS) if self.exists(BAD_ROWS) else None
             self.filesystem.rm(self._root, recursive=True)
             self.filesystem.mv(self._aside, self._root, recursive=True)
+            if listed is not None:
+                self.write_text(BAD_ROWS, listed)
 
     @property
     def _aside(self) -> str:
         return f"{self._root}.replaced"
+
+    def write_spent(self, spent: Mapping[str, float]) -> None:
+        """Keep what judging took so far; see `Judge.spent`."""
+        self.write_json("judging.json", dict(spent))
+
+    def read_spent(self) -> dict[str, float]:
+        """What judging took so far; nothing before the first call."""
+        return self.read_json("judging.json") if self.exists("judging.json") else {}
 
     def exists(self, name: str) -> bool:
         return bool(self.filesystem.exists(self.path(name)))
@@ -160,10 +176,20 @@ class RunFolder:
 
     def append_row(self, name: str, row: dict[str, Any]) -> None:
         """Add one JSON line. Object stores cannot append, so there the file is written anew."""
-        self.append_rows(name, [row])
+        self._append(name, [row])
 
-    def append_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Add JSON lines; see `append_row`."""
+    def list_faults(self, faults: Sequence[Fault]) -> str:
+        """Add rows of the data that cannot be used to bad-rows.jsonl; returns a sentence that says so.
+
+        The first call of a process begins the file anew, for the data may have been mended since.
+        """
+        if not self._listed_faults:
+            self._listed_faults = True
+            self.write_text(BAD_ROWS, "")
+        self._append(BAD_ROWS, map(asdict, faults))
+        return f"{counted(len(faults), 'row')} cannot be used; {self.url(BAD_ROWS)} lists them"
+
+    def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         if self.is_local:
             with self.filesystem.open(self.path(name), "a", encoding="utf-8") as file:

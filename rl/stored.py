@@ -1,13 +1,15 @@
 """Pairs that exist already: those of another run, or a preference set in any format, for offline alignment."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
+from cluster.settings import LocalPath
 from rl.data import FileSettings, Report, Usable
 from rl.formats import Fault, FormatName, counted
 from rl.pairs import PairSettings, make_pairs
@@ -24,7 +26,7 @@ class OfflinePairs(FileSettings):
 
     kind: Literal["offline"]
     """Where pairs come from."""
-    path: str
+    path: LocalPath
     """A run folder with pairs, or a file or folder of files in another format."""
     format: Literal["run"] | FormatName = "run"
     """`run` reads the pairs of a run of annotate or align."""
@@ -34,6 +36,12 @@ class OfflinePairs(FileSettings):
     """Share of the pairs that is used, drawn by the seed."""
     flipped: float = Field(0.0, ge=0, le=1)
     """Share of the used pairs whose chosen and rejected change places, to see what wrong labels do."""
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        if self.choose.uncertain is not None:
+            raise ConfigError("pairs.choose.uncertain smooths labels of sampled pairs: leave it out of stored ones")
+        return self
 
     def files(self) -> list[tuple[str, str]]:
         """What is read: the field that names it, and its path."""
@@ -49,14 +57,16 @@ class OfflinePairs(FileSettings):
         """
         held_out = {image.digest for prompt in heldout for image in prompt.images}
         pairs, faults = [], []
-        for row, pair in enumerate(self._pairs(processor, report), start=1):
+        counts: Counter[str] = Counter()
+        for pair, where in self._pairs(processor, report, counts):
             if any(image.digest in held_out for image in pair.prompt.images):
+                counts["about a held-out image"] += 1
                 continue
             pair = _retokenised(pair, processor)
             length = max(len(one.prompt_token_ids) + len(one.token_ids) for one in pair.completions)
             if length > max_length:
                 why = f"the pair takes {length} tokens, but policy.max_length is {max_length}"
-                faults.append(Fault(self.path, row, why))
+                faults.append(Fault(*where, why))
             else:
                 pairs.append(pair)
         if faults:
@@ -66,10 +76,14 @@ class OfflinePairs(FileSettings):
                     f"pairs.path: {counted(len(faults), 'too long pair')}: {faults[0]}; or set pairs.bad_rows=skip"
                 )
         if not pairs:
-            raise DataError(f"pairs.path: {self.path} holds no pair that is not about a held-out image")
+            told = ", ".join(f"{counted(number, 'row')} {why}" for why, number in counts.items())
+            raise DataError(f"pairs.path: {self.path} gives no pair" + (f" ({told})" if told else ""))
         return ablate(pairs, self.fraction, self.flipped, seed)
 
-    def _pairs(self, processor: "ProcessorMixin", report: Report) -> Iterator[Pair]:
+    def _pairs(
+        self, processor: "ProcessorMixin", report: Report, counts: Counter[str]
+    ) -> Iterator[tuple[Pair, tuple[str, int]]]:
+        """Pairs with the file and row they come from; `counts` is told of rows that make none."""
         if self.format == "run":
             folder = RunFolder(self.path)
             steps = folder.steps()
@@ -79,11 +93,20 @@ class OfflinePairs(FileSettings):
                 )
             for step in steps:
                 batch = folder.read_batch(step)
-                for pair in batch.pairs if batch else ():
-                    yield replace(pair, source="offline", policy_version=0)
+                for row, pair in enumerate(batch.pairs if batch else (), start=1):
+                    yield replace(pair, source="offline", policy_version=0), (f"step {step}", row)
             return
         for usable in self.records(self.path, self.format, "pairs.path", report, self.start, self.limit):
-            yield from _record_pairs(usable, self.format, self.choose, processor)
+            settings = PairSettings(margin=1) if usable.record.preference else self.choose
+            pairs, made = _record_pairs(usable, self.format, settings, processor)
+            for name in ("ties", "identical", "unjudged"):
+                if made[name]:
+                    counts[f"whose answers are {_WHY[name]}"] += made[name]
+            for pair in pairs:
+                yield pair, usable.where
+
+
+_WHY = {"ties": "too close", "identical": "the same", "unjudged": "not graded"}
 
 
 def ablate(pairs: Sequence[Pair], fraction: float, flipped: float, seed: int) -> list[Pair]:
@@ -105,14 +128,14 @@ def _flip(pair: Pair) -> Pair:
     )
 
 
-def _record_pairs(usable: Usable, judge: str, choose: PairSettings, processor: "ProcessorMixin") -> Iterator[Pair]:
-    prompt, record = usable
+def _record_pairs(
+    usable: Usable, judge: str, settings: PairSettings, processor: "ProcessorMixin"
+) -> tuple[list[Pair], Counter[str]]:
+    prompt, record = usable.prompt, usable.record
     completions = [written_completion(prompt, one.text, processor) for one in record.judged]
     judgements = [Judgement(one.score, one.attributes, "", judge, "") for one in record.judged]
-    settings = PairSettings(margin=1) if record.preference else choose
-    pairs, _ = make_pairs([prompt], [completions], [judgements], settings)
-    for pair in pairs:
-        yield replace(pair, source="offline")
+    pairs, counts = make_pairs([prompt], [completions], [judgements], settings)
+    return [replace(pair, source="offline") for pair in pairs], counts
 
 
 def _retokenised(pair: Pair, processor: "ProcessorMixin") -> Pair:

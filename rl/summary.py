@@ -50,7 +50,7 @@ def summarise(
         "after": evaluations[-1]["metrics"] if evaluations else {},
         "policy_version": results["version"],
         **{name: sum(row[name] for row in steps) for name in COUNTS},
-        "judge": _judging(steps[-1]) if steps else {},
+        "judge": folder.read_spent(),
         "updates": len(steps),
         "publications": len(publications),
         "probe_max_abs_diff": max((row["probe_max_abs_diff"] for row in publications), default=0.0),
@@ -77,11 +77,6 @@ def describe_judging(spent: dict[str, float]) -> str:
     if tokens := spent.get("input_tokens", 0) + spent.get("output_tokens", 0):
         parts.append(f"{tokens:,.0f} tokens, cost {spent.get('cost', 0.0):.4f}")
     return ", ".join(parts)
-
-
-def _judging(row: dict[str, Any]) -> dict[str, Any]:
-    """What the judge had spent when this step's pairs were made."""
-    return {name.removeprefix("judge_"): value for name, value in row.items() if name.startswith("judge_")}
 
 
 def _earlier_seconds(steps: Sequence[dict[str, Any]], first_step: int) -> float:

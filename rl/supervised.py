@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,13 @@ from cluster.connect import ActorResources, ClusterSettings, Role, log_to_file
 from cluster.settings import Settings
 from rl.answers import AnswerSettings, WorldText
 from rl.batching import plan_microbatches
+from rl.data import Report
 from rl.engine import OptimizerSettings, TrainEngine, prepare_worker
+from rl.formats import Fault
 from rl.policy import PolicySettings, adapt, load_model, load_processor, resolve_model
 from rl.render import written_completion
 from rl.scoring import ScoredSequence, collate, to_sequence, token_logps
+from rl.store import RunFolder
 from rl.weights import export_policy
 
 if TYPE_CHECKING:
@@ -80,7 +83,13 @@ def supervise(config: SftConfig) -> None:
     model = adapt(load_model(source, config.policy.precision), config.policy)
     engine = TrainEngine(model, config.optimizer, config.policy.precision, config.steps)
     model.train()
-    examples = _examples(config, processor)
+    folder = RunFolder(config.output)
+
+    def report(faults: Sequence[Fault]) -> None:
+        if rank == 0:
+            print(folder.list_faults(faults))
+
+    examples = _examples(config, processor, report)
     started = time.perf_counter()
     for step in range(config.steps):
         batch = list(itertools.islice(examples, config.batch_size))
@@ -111,6 +120,6 @@ def _losses(
         yield logps.sum() * (-scale if examples else 0.0)
 
 
-def _examples(config: SftConfig, processor: "ProcessorMixin") -> "Iterator[ScoredSequence]":
-    for prompt, answer in config.data.examples(config.seed):
+def _examples(config: SftConfig, processor: "ProcessorMixin", report: Report) -> "Iterator[ScoredSequence]":
+    for prompt, answer in config.data.examples(config.seed, report):
         yield to_sequence(prompt, written_completion(prompt, answer, processor))

@@ -19,7 +19,7 @@ USAGE = (1000, 200)
 
 FAULTS = (
     "busy", "busy_date", "broken", "slow", "truncated", "wrong_schema", "wrong_count", "blocked_prompt", "blocked",
-    "empty", "wrong_key",
+    "empty", "wrong_key", "cut_body", "page", "come_back_tomorrow",
 )  # fmt: skip
 
 
@@ -102,15 +102,20 @@ def judge_api() -> Iterator[JudgeApi]:
         def _answer(self, fault: str, body: dict[str, Any], gemini: bool) -> None:
             match fault:
                 case "busy":
-                    headers = {} if gemini else {"Retry-After": "0.3"}
-                    details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.3s"}]
+                    headers = {} if gemini else {"Retry-After": "1.2"}
+                    details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "1.2s"}]
                     return self._error(429, "quota exceeded", headers, details)
                 case "busy_date":
                     return self._error(429, "quota exceeded", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, [])
                 case "broken":
                     return self._error(500, "internal", {}, [])
+                case "come_back_tomorrow":
+                    details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7200s"}]
+                    return self._error(429, "quota exceeded", {} if gemini else {"Retry-After": "7200"}, details)
                 case "wrong_key":
-                    return self._error(403, "API key not valid", {}, [])
+                    return self._error(403, f"API key {api.requests[-1]['key']} not valid", {}, [])
+                case "page":
+                    return self._send_text(200, "<html>the proxy is sorry</html>", {"Content-Type": "text/html"})
                 case "slow":
                     time.sleep(1.5)
             if "response_format" in body and not api.knows_schemas:
@@ -123,7 +128,10 @@ def judge_api() -> Iterator[JudgeApi]:
                 verdict = verdict.replace('"helpfulness": 1', '"helpfulness": 7')
             elif fault == "wrong_count":
                 verdict = json.dumps({"answers": [grades("good", True)]})
-            self._send(200, _gemini(verdict, fault) if gemini else _openai(verdict, fault))
+            body = _gemini(verdict, fault) if gemini else _openai(verdict, fault)
+            if fault == "cut_body":
+                return self._send_text(200, json.dumps(body)[:-20], {})
+            self._send(200, body)
             return None
 
         def _error(self, code: int, message: str, headers: dict[str, str], details: list[Any]) -> None:
@@ -132,10 +140,13 @@ def judge_api() -> Iterator[JudgeApi]:
             self._send(code, {"error": error}, headers)
 
         def _send(self, code: int, body: Any, headers: dict[str, str] | None = None) -> None:
-            content = json.dumps(body).encode()
+            self._send_text(code, json.dumps(body), headers or {})
+
+        def _send_text(self, code: int, text: str, headers: dict[str, str]) -> None:
+            content = text.encode()
             try:
                 self.send_response(code)
-                for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+                for name, value in {"Content-Type": "application/json", **headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()

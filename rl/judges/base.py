@@ -1,11 +1,13 @@
 """What every judge does, and what it is made with."""
 
+import asyncio
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
@@ -13,6 +15,8 @@ from cluster.connect import Role
 from cluster.errors import ConfigError
 from cluster.settings import Settings
 from rl.types import Completion, Judgement, Prompt
+
+T = TypeVar("T")
 
 
 class Judge(ABC):
@@ -97,6 +101,16 @@ class JudgeBase(Settings):
     def top_score(self, completions: int) -> float | None:
         """The highest score it can give one of so many completions, None if there is no such."""
         return None
+
+
+async def all_ended(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all calls; raises the first error only when every call has ended, so that none that is paid for
+    is cut off."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 def collect_keys(judge: JudgeBase) -> dict[str, SecretStr]:

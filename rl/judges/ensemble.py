@@ -1,11 +1,11 @@
 """Several judges, weighted."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from rl.judges.base import Judge
+from cluster.errors import JudgeError
+from rl.judges.base import Judge, all_ended
 from rl.types import Completion, Judgement, Prompt
 
 
@@ -23,6 +23,7 @@ class EnsembleJudge(Judge):
         self.absolute = all(judge.absolute for judge, _ in members)
         self._members = list(members)
         self._compared: Counter[str] = Counter()
+        self._refused: JudgeError | None = None
 
     @property
     def spent(self) -> dict[str, float]:
@@ -46,10 +47,23 @@ class EnsembleJudge(Judge):
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
     ) -> list[list[Judgement]]:
         """See `Judge.grade`."""
-        verdicts = await asyncio.gather(*(judge.grade(prompts, completions) for judge, _ in self._members))
+        try:
+            verdicts = await all_ended(self._ask(judge, prompts, completions) for judge, _ in self._members)
+        except JudgeError as error:
+            raise self._refused or error from None
         mixed = [self._mix(groups) for groups in zip(*verdicts, strict=True)]
         self._add_up()
         return mixed
+
+    async def _ask(
+        self, judge: Judge, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> list[list[Judgement]]:
+        try:
+            return await judge.grade(prompts, completions)
+        except JudgeError as error:
+            self._refused = self._refused or error
+            self.stop()  # the others need not go on; what they have under way still comes and is kept
+            raise
 
     def _add_up(self) -> None:
         self.tally = sum((judge.tally for judge, _ in self._members), self._compared)

@@ -63,6 +63,7 @@ class GenaiEndpoint:
         from google import genai
         from google.genai import types
 
+        self.key = key
         self._settings = settings
         self._types = types
         options = types.HttpOptions(base_url=settings.base_url, timeout=int(settings.timeout_s * 1000))
@@ -90,6 +91,8 @@ class GenaiEndpoint:
             raise _failure(settings, error.code, error.message, error.details, _headers(error.response)) from None
         except OSError as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from None
+        except ValueError as error:  # a body that is no JSON, such as a proxy's page
+            raise Unavailable(f"the reply cannot be read ({type(error).__name__})") from None
         except Exception as error:  # the SDK's HTTP library is its own choice, and so are that library's errors
             if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "aiohttp"):
                 raise Unavailable(f"{type(error).__name__}: {error}") from None
@@ -107,11 +110,14 @@ class GenerativeAiEndpoint:
 
     def __init__(self, settings: GeminiSettings, key: SecretStr):
         import google.generativeai as sdk
+        from google.protobuf.json_format import ParseError
 
+        self.key = key
         self._settings = settings
         options = {"api_endpoint": settings.base_url} if settings.base_url else None
         sdk.configure(api_key=key.get_secret_value(), transport="rest", client_options=options)
         self._sdk = sdk
+        self._parse_error = ParseError
         self._threads = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="judge")
 
     async def ask(self, request: Request) -> Reply:
@@ -141,6 +147,8 @@ class GenerativeAiEndpoint:
             raise _failure(settings, int(error.code or 500), error.message, error.details, headers) from None
         except OSError as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from None
+        except (ValueError, self._parse_error) as error:  # a body that is no JSON, such as a proxy's page
+            raise Unavailable(f"the reply cannot be read ({type(error).__name__})") from None
         return _read_response(response)
 
 

@@ -46,6 +46,7 @@ class OpenAIEndpoint:
     def __init__(self, settings: OpenAISettings, key: SecretStr):
         from openai import AsyncOpenAI
 
+        self.key = key
         self._settings = settings
         self._constrained = True
         self._client = AsyncOpenAI(
@@ -78,6 +79,10 @@ class OpenAIEndpoint:
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise Unavailable(f"{settings.base_url}: {type(cause).__name__}: {cause}") from None
+        except (ValueError, openai.APIResponseValidationError) as error:
+            raise Unavailable(f"the reply cannot be read ({type(error).__name__})") from None
+        if not hasattr(response, "choices"):  # the client hands on a page that is no JSON as it is
+            raise Unavailable("the reply is no chat completion; is judge.base_url right?")
         return _read_response(response)
 
 

@@ -11,20 +11,21 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
+from weakref import WeakValueDictionary
 
 from aiolimiter import AsyncLimiter
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from cluster.errors import ConfigError, JudgeError
 from rl.images import CanonicalImage
-from rl.judges.base import Judge, JudgeBase
+from rl.judges.base import Judge, JudgeBase, all_ended
 from rl.judges.cache import ReplyCache
 from rl.judges.instructions import (
     GRADED,
@@ -107,6 +108,11 @@ class Request:
         return math.ceil(text / CHARS_PER_TOKEN) + TOKENS_PER_IMAGE * images
 
     @property
+    def most_input_tokens(self) -> int:
+        """More than it is likely to be, for the budget."""
+        return 2 * self.input_tokens
+
+    @property
     def content(self) -> list[str]:
         """The parts as text, an image as its digest."""
         return [part if isinstance(part, str) else f"image {part.digest}" for part in self.parts]
@@ -137,9 +143,16 @@ class Unavailable(Exception):
 class Unreadable(Exception):
     """The endpoint replied, but not with what was asked for."""
 
+    def __init__(self, message: str, reply: Reply):
+        super().__init__(message)
+        self.reply = reply
+
 
 class Endpoint(Protocol):
     """One way of calling a judging model."""
+
+    key: SecretStr
+    """Is taken out of whatever the endpoint says."""
 
     async def ask(self, request: Request) -> Reply:
         """One call, no retries.
@@ -163,12 +176,17 @@ class RemoteJudge(Judge):
         self._address = address
         self._endpoint = endpoint
         self._cache = ReplyCache(Path(os.path.expanduser(settings.cache))) if settings.cache else None
+        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._requests = _limiter(settings.requests_per_minute, 1 / 60)
         self._tokens = _limiter(settings.tokens_per_minute, 1 / 2)
         self._in_flight = 0
+        self._ended = asyncio.Event()
+        self._reserved = 0.0
+        """What the calls in flight may cost at most."""
         self._failures_in_a_row = 0
         self._refused: JudgeError | None = None
+        self._stopped = asyncio.Event()
 
     async def grade(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
@@ -179,17 +197,24 @@ class RemoteJudge(Judge):
             JudgeError: see `Judge.grade`. What was paid for is in the cache.
         """
         judge = self._grade_group if self._settings.mode == "graded" else self._compare_group
-        texts = [list(dict.fromkeys(one.text for one in answers)) for answers in completions]
+        texts = [[one.text for one in answers] for answers in completions]
         # Once one is refused for good the others stop by themselves; those in flight still come and are kept.
-        verdicts = await _all(judge(prompt, answers) for prompt, answers in zip(prompts, texts, strict=True))
+        verdicts = await all_ended(judge(prompt, answers) for prompt, answers in zip(prompts, texts, strict=True))
         return [[by_text[one.text] for one in answers] for by_text, answers in zip(verdicts, completions, strict=True)]
 
     def stop(self) -> None:
         """See `Judge.stop`; the replies that still come are kept in the cache."""
-        self._refused = JudgeError("judge: stopped")
+        self._refuse(JudgeError("judge: stopped"))
 
-    async def _grade_group(self, prompt: Prompt, answers: list[str]) -> dict[str, Judgement]:
+    def _refuse(self, error: JudgeError) -> JudgeError:
+        """Ask nothing more, and let no call wait for its next try."""
+        self._refused = self._refused or error
+        self._stopped.set()
+        return self._refused
+
+    async def _grade_group(self, prompt: Prompt, texts: list[str]) -> dict[str, Judgement]:
         """All answers of a prompt in one call, in an order that says nothing of who wrote them."""
+        answers = list(dict.fromkeys(texts))
         random.Random(digest(answers)).shuffle(answers)
         request = Request(GRADED, tuple(graded_parts(prompt, answers)), graded_schema(len(answers)))
         try:
@@ -201,8 +226,10 @@ class RemoteJudge(Judge):
             for answer, grade in zip(answers, grades, strict=True)
         }
 
-    async def _compare_group(self, prompt: Prompt, answers: list[str]) -> dict[str, Judgement]:
-        """Every two answers in both orders. The score is the number of others an answer beats, a tie half."""
+    async def _compare_group(self, prompt: Prompt, texts: list[str]) -> dict[str, Judgement]:
+        """Every two answers in both orders. The score is the share of the others that an answer beats, a tie half,
+        times the number of other completions. An answer of which a comparison is missing has none."""
+        answers = list(dict.fromkeys(texts))
         if len(answers) < 2:
             request = Request(PAIRWISE, tuple(pairwise_parts(prompt, "", "")), pairwise_schema())
             return {answer: self._judgement(request, None, None, "nothing to compare with") for answer in answers}
@@ -212,25 +239,27 @@ class RemoteJudge(Judge):
             for first, second in pairs
             for order in ((first, second), (second, first))
         ]
-        replies = await _all(self._verdict(request) for request in requests)
+        replies = await all_ended(self._verdict(request) for request in requests)
         points: dict[str, list[float]] = {answer: [] for answer in answers}
         reasons: dict[str, list[str]] = {answer: [] for answer in answers}
-        for (first, second), (forward, reason), (backward, _) in zip(pairs, replies[::2], replies[1::2], strict=True):
+        both = zip(pairs, replies[::2], replies[1::2], strict=True)
+        for (first, second), (forward, why), (backward, why_reversed) in both:
             for answer in (first, second):
-                reasons[answer].append(reason)
+                reasons[answer] += [why] if why == why_reversed else [why, why_reversed]
             if forward is None or backward is None:
                 continue
             backward = {"A": "B", "B": "A"}.get(backward, backward)
             self.tally["order_checked"] += 1
             self.tally["order_consistent"] += forward == backward
             winner = forward if forward == backward else "tie"
+            self.tally["order_ties"] += winner == "tie"
             points[first].append({"A": 1.0, "B": 0.0}.get(winner, 0.5))
             points[second].append(1.0 - points[first][-1])
         others = len(answers) - 1
         return {
             answer: self._judgement(
                 requests[0],
-                others * sum(points[answer]) / len(points[answer]) if points[answer] else None,
+                (len(texts) - 1) * sum(points[answer]) / others if len(points[answer]) == others else None,
                 None,
                 " / ".join(reasons[answer]),
             )
@@ -256,18 +285,28 @@ class RemoteJudge(Judge):
             _Abstention: it was blocked, or did not come or could not be read in all tries.
         """
         settings = self._settings
+        if self._cache is None:
+            return await self._paid(request, read)
         key = digest(
-            self._address, self.name, request.instructions, request.content, request.schema, settings.temperature
-        )
-        known = self._cache.get(key) if self._cache else None
-        if known is not None:
-            self.tally["cached"] += 1
-            return _read_or_abstain(Reply(**known), read)
+            self._address, self.name, request.instructions, request.content, request.schema, settings.temperature,
+            settings.max_output_tokens,
+        )  # fmt: skip
+        async with self._asking.setdefault(key, asyncio.Lock()):  # the same question twice at a time is paid for once
+            known = self._cache.get(key)
+            if known is not None:
+                self.tally["cached"] += 1
+                return _read_or_abstain(Reply(**known), read)
+            return await self._paid(request, read, key)
+
+    async def _paid(self, request: Request, read: Callable[[str], T], key: str | None = None) -> T:
+        """The reply from the endpoint, in as many tries as are allowed; what came last is cached under `key`."""
+        settings = self._settings
         retrying = AsyncRetrying(
             stop=stop_after_attempt(settings.retries + 1),
             wait=_wait,
             retry=retry_if_exception_type((Unavailable, Unreadable)),
             before_sleep=self._note_retry,
+            sleep=self._sleep,
             reraise=True,
         )
         reply: Reply
@@ -276,73 +315,106 @@ class RemoteJudge(Judge):
             reply, value = await retrying(self._try, request, read)
         except Unreadable as error:
             self.tally["unreadable"] += 1
+            self._keep(key, error.reply)
             raise _Abstention(str(error)) from None
         except Unavailable as error:
             self.tally["failed"] += 1
             self._failures_in_a_row += 1
             if self._failures_in_a_row >= FAILURES_IN_A_ROW:
-                self._refused = JudgeError(
-                    f"judge: {self.name} failed {FAILURES_IN_A_ROW} times in a row, each after {settings.retries} "
-                    f"retries ({error}); check the endpoint, then --resume: what was judged is kept"
-                )
-                raise self._refused from None
+                raise self._refuse(
+                    JudgeError(
+                        f"judge: {self.name} failed {FAILURES_IN_A_ROW} times in a row, each after {settings.retries} "
+                        f"retries ({error}); check the endpoint, then --resume: what was judged is kept"
+                    )
+                ) from None
             raise _Abstention(f"no reply after {settings.retries + 1} tries: {error}") from None
         self._failures_in_a_row = 0
-        if self._cache:
-            self._cache.put(key, asdict(reply))
+        self._keep(key, reply)
         if reply.blocked is not None:
             self.tally["blocked"] += 1
             raise _Abstention(f"blocked: {reply.blocked}")
         assert value is not None
         return value
 
+    def _keep(self, key: str | None, reply: Reply) -> None:
+        if self._cache and key:
+            self._cache.put(key, asdict(reply))
+
+    async def _sleep(self, seconds: float) -> None:
+        """The pause before another try; cut short once nothing more is to be asked."""
+        if seconds > MAX_RETRY_AFTER_S:
+            raise self._refuse(
+                JudgeError(
+                    f"judge: {self.name} asks to wait {seconds:.0f} s, perhaps for a daily limit; go on later with "
+                    f"--resume: what was judged is kept"
+                )
+            )
+        await self._unless_stopped(asyncio.sleep(seconds))
+
+    async def _unless_stopped(self, waiting: Coroutine[Any, Any, Any]) -> None:
+        """Wait, but no longer once nothing more is to be asked."""
+        tasks = [asyncio.ensure_future(one) for one in (waiting, self._stopped.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+
     async def _try(self, request: Request, read: Callable[[str], T]) -> tuple[Reply, T | None]:
         """One call within all limits; a blocked reply has no value."""
         async with self._slots:
+            if self._requests:
+                await self._unless_stopped(self._requests.acquire())
+            if self._tokens:
+                await self._unless_stopped(self._tokens.acquire(min(request.input_tokens, self._tokens.max_rate)))
+            price = self._price(request.most_input_tokens, self._settings.max_output_tokens)
+            while self._in_flight and self._overspends(price) and not self._refused:
+                self._ended.clear()
+                await self._unless_stopped(self._ended.wait())
+            # From here to the call nothing waits, so that no other call can come between.
             if self._refused:
                 raise self._refused
-            self._check_budget()
-            if self._requests:
-                await self._requests.acquire()
-            if self._tokens:
-                await self._tokens.acquire(min(request.input_tokens, self._tokens.max_rate))
+            if self._overspends(price):
+                raise self._refuse(
+                    JudgeError(
+                        f"judge.budget: {self.cost:.4f} of {self._settings.budget:g} is spent, and the next call may "
+                        f"cost {price:.4f}; what was judged is kept: raise the budget and go on with --resume"
+                    )
+                )
+            self._reserved += price
             self._in_flight += 1
             try:
                 async with asyncio.timeout(self._settings.timeout_s):
                     reply = await self._endpoint.ask(request)
             except TimeoutError:
                 raise Unavailable(f"no reply within {self._settings.timeout_s:g} s") from None
+            except Unavailable as error:
+                raise Unavailable(self._redacted(error), error.retry_after) from None
             except JudgeError as error:
-                self._refused = error
-                raise
+                raise self._refuse(JudgeError(self._redacted(error))) from None
             finally:
+                self._reserved = max(0.0, self._reserved - price)
                 self._in_flight -= 1
+                self._ended.set()
                 self.tally["calls"] += 1
-        self._pay(reply)
+            self.tally["input_tokens"] += reply.input_tokens
+            self.tally["output_tokens"] += reply.output_tokens
+            self.cost += self._price(reply.input_tokens, reply.output_tokens)
         if reply.blocked is not None:
             return reply, None
-        try:
-            return reply, read(reply.text)
-        except ValueError as error:
-            cut = " (it was cut: raise judge.max_output_tokens)" if reply.cut else ""
-            raise Unreadable(f"{error}{cut}") from None
+        return reply, _read(reply, read)
 
-    def _pay(self, reply: Reply) -> None:
-        self.tally["input_tokens"] += reply.input_tokens
-        self.tally["output_tokens"] += reply.output_tokens
+    def _price(self, input_tokens: int, output_tokens: int) -> float:
         settings = self._settings
-        self.cost += (reply.input_tokens * settings.input_price + reply.output_tokens * settings.output_price) / 1e6
+        return (input_tokens * settings.input_price + output_tokens * settings.output_price) / 1e6
 
-    def _check_budget(self) -> None:
-        """Stop before a call that would overspend, counting calls in flight at the mean cost so far."""
-        mean = self.cost / max(1, self.tally["calls"])
+    def _overspends(self, price: float) -> bool:
+        """Whether a call of this price could, should those in flight cost what they may at most."""
         budget = self._settings.budget
-        if budget is not None and self.cost + (self._in_flight + 1) * mean > budget:
-            self._refused = JudgeError(
-                f"judge.budget: {self.cost:.4f} of {budget:g} is spent; what was judged is kept: raise the budget and "
-                f"go on with --resume"
-            )
-            raise self._refused
+        return budget is not None and self.cost + self._reserved + price > budget
+
+    def _redacted(self, error: Exception) -> str:
+        return str(error).replace(self._endpoint.key.get_secret_value(), "(the key)")
 
     def _note_retry(self, state: RetryCallState) -> None:
         self.tally["retries"] += 1
@@ -361,7 +433,7 @@ def _wait(state: RetryCallState) -> float:
     """Full jitter on an exponential, but never less than the endpoint asked for."""
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, Unavailable) else None
-    return max(_backoff(state), min(asked or 0.0, MAX_RETRY_AFTER_S))
+    return max(_backoff(state), asked or 0.0)
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
@@ -377,16 +449,18 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 def _read_or_abstain(reply: Reply, read: Callable[[str], T]) -> T:
     if reply.blocked is not None:
         raise _Abstention(f"blocked: {reply.blocked}")
-    return read(reply.text)
+    try:
+        return _read(reply, read)
+    except Unreadable as error:
+        raise _Abstention(str(error)) from None
 
 
-async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all calls; raises the first error only when every call has ended."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]
+def _read(reply: Reply, read: Callable[[str], T]) -> T:
+    try:
+        return read(reply.text)
+    except ValueError as error:
+        cut = " (it was cut: raise judge.max_output_tokens)" if reply.cut else ""
+        raise Unreadable(f"{error}{cut}", reply) from None
 
 
 def _limiter(per_minute: float | None, burst_share: float) -> AsyncLimiter | None:

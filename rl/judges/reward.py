@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cluster.connect import ActorResources, Role, log_to_file
 from cluster.errors import ConfigError, DataError
+from cluster.settings import LocalPath
 from rl.batching import plan_microbatches
 from rl.engine import prepare_worker
 from rl.judges.base import Judge, JudgeBase, JudgeContext
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 CALL_TIMEOUT_S = 1800.0
+CHARS_PER_TOKEN, TOKENS_PER_IMAGE = 3, 600
+"""Guesses, to bound a pass before anything is tokenised."""
 
 
 class RewardSettings(JudgeBase):
@@ -27,7 +30,7 @@ class RewardSettings(JudgeBase):
 
     kind: Literal["reward"]
     """Which judge."""
-    model: str
+    model: LocalPath
     """Hugging Face name or folder of a sequence-classification checkpoint with one output."""
     precision: Precision = "float32"
     """Of its weights."""
@@ -96,7 +99,10 @@ class RewardWorker:
         with_images = [index for index, (prompt, _) in enumerate(conversations) if prompt.images]
         without = [index for index, (prompt, _) in enumerate(conversations) if not prompt.images]
         for group in (with_images, without):  # no processor takes both in one batch
-            lengths = [len(texts[index]) // 3 + 1 for index in group]
+            lengths = [
+                len(texts[index]) // CHARS_PER_TOKEN + 1 + TOKENS_PER_IMAGE * len(conversations[index][0].images)
+                for index in group
+            ]
             (passes,) = plan_microbatches(lengths, 1, self._settings.tokens_per_batch)
             for places in passes:
                 indices = [group[place] for place in places]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.conftest import Cluster, interrupt, raylign, read_until, start
+from tests.e2e.conftest import ROOT, Cluster, interrupt, raylign, read_until, start
 from tests.judge_api import KEY, USAGE, JudgeApi, judge_api
 
 PROMPTS = 40
@@ -101,6 +101,10 @@ def test_a_spent_budget_stops_cleanly_and_a_larger_one_goes_on(config: Path, api
     assert done.code == 0, done.output
     assert quality(folder)["prompts"] == PROMPTS
     assert len(set(asked(api))) == len(api.requests) <= PROMPTS
+    assert quality(folder)["judge"]["cost"] == pytest.approx(len(api.requests) * EACH), "before and after the stop"
+    changed = raylign(*arguments, "rollout.sampling.completions=3", "--resume", limit=60)
+    assert changed.code == 3
+    assert "rollout.sampling.completions is 3, but the run in" in changed.output
 
 
 def test_what_was_annotated_is_exported_and_learned_from(cluster: Cluster, config: Path, tmp_path: Path) -> None:
@@ -129,14 +133,13 @@ def test_what_was_annotated_is_exported_and_learned_from(cluster: Cluster, confi
     assert [row["pairs"] for row in rows] == [8, 8]
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
 
-    for data in (f"{{kind: best, path: {folder}}}", f"{{kind: steerlm, path: {folder}}}"):
-        output = tmp_path / data[7:11]
+    for kind in ("best", "steerlm"):
         trained = raylign(
-            "sft", "jobs/configs/world-sft.yaml", f"output={output}", f"data={data}", "steps=2", "batch_size=8",
-            f"cluster.address={cluster.address}",
+            "sft", str(ROOT / "jobs/configs/world-sft.yaml"), f"output={kind}", f"data={{kind: {kind}, path: run}}",
+            "steps=2", "batch_size=8", "log_every=1", f"cluster.address={cluster.address}", cwd=tmp_path,
         )  # fmt: skip
         assert trained.code == 0, trained.output
-        assert (output / "model" / "model.safetensors").is_file()
+        assert (tmp_path / kind / "model" / "model.safetensors").is_file()
 
 
 def test_bad_rows_are_listed_and_skipped(cluster: Cluster, config: Path, tmp_path: Path) -> None:

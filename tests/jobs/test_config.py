@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from cluster.errors import ConfigError
-from cluster.settings import Settings
-from jobs.config import CONFIGS, describe_fields, dump_config, flatten, load_config
+from cluster.settings import Settings, located
+from jobs.config import CONFIGS, check_same_settings, describe_fields, dump_config, flatten, load_config
 from rl.annotate import AnnotateConfig
-from rl.config import AlignConfig
+from rl.config import AlignConfig, LoopSettings
 from rl.policy import LoraSettings, PolicySettings
 from rl.supervised import SftConfig
 
@@ -151,6 +151,40 @@ def test_the_config_in_the_readme_is_valid(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
     config = load_config(AlignConfig, str(tmp_path / "my.yaml"), [])
     assert config.judge.kind == "gemini"
+
+
+def members(budget: int, weight: int) -> AlignConfig:
+    judge = {"kind": "openai", "model": "m", "base_url": "http://x/v1", "input_price": 1.0, "budget": budget}
+    judges = [{"judge": judge, "weight": weight}, {"judge": {"kind": "oracle"}}]
+    return AlignConfig.model_validate({"judge": {"kind": "ensemble", "members": judges}, "loop": {"steps": 4}})
+
+
+def test_a_run_goes_on_with_a_larger_budget_and_more_steps_and_nothing_else() -> None:
+    before = dump_config(members(20, 1))
+    check_same_settings(before, members(40, 1), "runs/x")
+    check_same_settings(before, members(20, 1).model_copy(update={"loop": LoopSettings(steps=9)}), "runs/x")
+    with pytest.raises(ConfigError, match=r"judge\.members\.0\.weight is 2\.0, but the run in runs/x has 1\.0"):
+        check_same_settings(before, members(20, 2), "runs/x")
+    with pytest.raises(ConfigError, match=r"seed is 1, but the run"):
+        check_same_settings(before, members(20, 1).model_copy(update={"seed": 1}), "runs/x")
+
+
+def test_paths_are_found_in_the_first_folder_that_has_them(tmp_path: Path) -> None:
+    here, runs = tmp_path / "here", tmp_path / "runs"
+    for file in (here / "a.jsonl", runs / "a.jsonl", runs / "judged/x", here / "pictures/y"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    parts = [
+        {"data": {"kind": "files", "train": "a.jsonl", "images": "pictures", "heldout": "gone.jsonl"}},
+        {"data": {"kind": "image_folder", "path": "pictures", "question": "What?"}},
+    ]
+    fields = {"data": {"kind": "mixed", "parts": parts}, "pairs": {"kind": "offline", "path": "judged"}}
+    config = located(AlignConfig.model_validate(fields), [here, runs])
+    first, second = (part.data.model_dump() for part in config.data.parts)  # type: ignore[union-attr]
+    assert first["train"] == str(here / "a.jsonl")
+    assert first["images"] == second["path"] == str(here / "pictures")
+    assert first["heldout"] == "gone.jsonl", "what is nowhere keeps its name for the error"
+    assert config.pairs.path == str(runs / "judged")  # type: ignore[union-attr]
 
 
 def test_a_yaml_fault_is_told_with_its_line(tmp_path: Path) -> None:

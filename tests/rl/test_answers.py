@@ -12,7 +12,7 @@ from cluster.errors import ConfigError, DataError
 from rl.answers import AnswerSettings
 from rl.store import RunFolder
 from rl.tables import Answers
-from rl.types import Attributes, Judgement, PairBatch
+from rl.types import WRITTEN, Attributes, Judgement, PairBatch
 from tests.conftest import make_completion, make_prompt
 
 
@@ -38,7 +38,10 @@ def run(tmp_path: Path) -> str:
 
 def epoch(count: int, seed: int = 0, **fields: Any) -> list[tuple[str, str]]:
     settings = TypeAdapter[Any](AnswerSettings).validate_python(fields)
-    return [(prompt.text, answer) for prompt, answer in itertools.islice(settings.examples(seed), count)]
+    return [
+        (prompt.text, answer)
+        for prompt, answer in itertools.islice(settings.examples(seed, lambda faults: None), count)
+    ]
 
 
 def test_rejection_sampling_learns_the_best_answer_of_each_judged_prompt(run: str) -> None:
@@ -104,3 +107,20 @@ def test_answers_that_were_cut_off_do_not_count(tmp_path: Path) -> None:
     file = tmp_path / "answers" / "step-00001.parquet"
     file.write_bytes(file.read_bytes()[:-50])
     assert folder.read_answers(1) is None
+
+
+def test_where_the_judge_abstained_on_everything_there_is_no_best(tmp_path: Path) -> None:
+    one, verdict = judged("unknown", None)
+    RunFolder(str(tmp_path)).write_answers(1, [Answers(make_prompt(), (one,), (verdict,))])
+    RunFolder(str(tmp_path)).write_batch(PairBatch(1, (), 1))
+    with pytest.raises(DataError, match="the judge abstained on all answers"):
+        epoch(1, kind="best", path=str(tmp_path))
+
+
+def test_a_reference_answer_is_never_the_best_sampled_one(tmp_path: Path) -> None:
+    sampled, verdict = judged("sampled", 5)
+    written, better = judged("written", 12)
+    written = dataclasses.replace(written, finish_reason=WRITTEN)
+    RunFolder(str(tmp_path)).write_answers(1, [Answers(make_prompt(), (sampled, written), (verdict, better))])
+    RunFolder(str(tmp_path)).write_batch(PairBatch(1, (), 1))
+    assert epoch(1, kind="best", path=str(tmp_path)) == [("What do you see?", "sampled")]

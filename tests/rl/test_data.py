@@ -1,5 +1,6 @@
 """Prompt files and prompt order."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -78,6 +79,7 @@ def test_prompts_are_read_with_their_images(tmp_path: Path) -> None:
             "row 2: `truth` of kind sum needs an `answer`, a text",
         ),
         ({"prompt": "x", "truth": {"kind": "presence", "answer": "no"}}, "needs `negatives`: random, popular"),
+        ({"prompt": "x", "answer": ["a", "b"]}, "row 2: 'answer' must be a non-empty text"),
         ({"messages": [{"role": "user"}]}, "row 2: each message needs `role` and `content`"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "row 2: message content must be"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "1 image parts in the messages but 0"),
@@ -202,6 +204,17 @@ def test_files_that_are_not_there_are_refused_before_anything_starts(tmp_path: P
     ]}  # fmt: skip
     with pytest.raises(DataError, match=r"data\.path: file .*gone does not exist"):
         check_files(MixedData.model_validate(fields).files())
+
+
+def test_no_image_of_a_prompt_with_several_is_on_both_sides() -> None:
+    rng = np.random.default_rng(0)
+    images = [make_prompt("a", draw_scene(rng)).images[0] for _ in range(40)]
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What differs?"}]
+    asked = [{"role": "user", "content": content}]
+    prompts = [Prompt.make(asked, [one, other]) for one, other in itertools.pairwise(images)]
+    sets = split_by_image(prompts, 0.2)
+    held = {image.digest for prompt in sets.heldout for image in prompt.images}
+    assert not held & {image.digest for prompt in sets.training for image in prompt.images}
 
 
 def test_more_images_than_allowed_are_refused_by_id() -> None:

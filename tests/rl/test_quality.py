@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rl.annotate import totals
 from rl.quality import quality, write_quality
 from rl.store import RunFolder
 from rl.tables import Answers
@@ -79,3 +80,9 @@ def test_the_page_escapes_what_it_shows_and_needs_no_network(tmp_path: Path) -> 
     assert 'src="http' not in page
     assert 'href="http' not in page
     assert (tmp_path / "quality.json").is_file()
+
+
+def test_what_judging_took_is_that_of_the_last_step() -> None:
+    """Also where a cache answered everything and no call was made."""
+    batches = [PairBatch(step, (), 8, {"prompts": 8}, {}, {"calls": 0, "cached": 8 * step}) for step in (1, 2, 3)]
+    assert totals(batches)["judge_cached"] == 24

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import DataError
+from rl.formats import Fault
 from rl.store import RunFolder, evaluation_file, read_evaluations
 from rl.types import PairBatch, PairValues
 from tests.conftest import make_pair, make_prompt
@@ -136,3 +137,15 @@ def test_a_row_that_a_crash_cut_off_does_not_count(folder: RunFolder) -> None:
     whole = folder.read_text("metrics.jsonl")
     folder.write_text("metrics.jsonl", whole + '{"step": 2, "lo')
     assert folder.rows("metrics.jsonl") == [{"step": 1}]
+
+
+def test_bad_rows_are_listed_anew_by_every_process_and_stay_when_a_run_comes_back(folder: RunFolder) -> None:
+    begin(folder)
+    folder.list_faults([Fault("p.jsonl", 1, "old")])
+    new = RunFolder(folder.address)
+    new.create(overwrite=True, resume=False)
+    assert new.list_faults([Fault("p.jsonl", 2, "empty")]).startswith("1 row cannot be used")
+    new.list_faults([Fault("q.jsonl", 3, "empty")])
+    new.restore_replaced()
+    assert [row["row"] for row in folder.rows("bad-rows.jsonl")] == [2, 3]
+    assert folder.read_text("config.yaml") == "seed: 0"

@@ -89,7 +89,7 @@ def test_pairs_about_a_held_out_image_are_left_out(processor, tmp_path: Path) ->
     path = str(write_run(tmp_path / "run", stored))
     kept = load(processor, [stored[1].prompt], path=path)
     assert [pair.prompt.id for pair in kept] == [stored[0].prompt.id, stored[2].prompt.id]
-    with pytest.raises(DataError, match="no pair that is not about a held-out image"):
+    with pytest.raises(DataError, match=r"gives no pair \(3 rows about a held-out image\)"):
         load(processor, [pair.prompt for pair in stored], path=path)
 
 
@@ -99,7 +99,7 @@ def test_a_pair_that_is_too_long_is_refused_or_skipped_by_number(processor, tmp_
     long = written_completion(stored[1].prompt, long.text, processor)
     stored[1] = dataclasses.replace(stored[1], completions=PairValues(long, stored[1].completions.rejected))
     path = str(write_run(tmp_path / "run", stored))
-    with pytest.raises(DataError, match=r"row 2: the pair takes \d+ tokens, but policy.max_length is 128"):
+    with pytest.raises(DataError, match=r"step 1 row 2: the pair takes \d+ tokens, but policy.max_length is 128"):
         load(processor, path=path)
     faults: list[Fault] = []
     assert len(load(processor, path=path, bad_rows="skip", faults=faults)) == 1
@@ -123,3 +123,18 @@ def test_a_fraction_is_drawn_and_a_share_of_it_flipped() -> None:
     assert ablate(pairs, 0.5, 0.25, 1) != half
     kept = {pair.prompt.id for pair in half}
     assert kept == {pair.prompt.id for pair in ablate(pairs, 0.5, 0.0, 0)}
+
+
+def test_rows_of_which_no_pair_comes_are_told(processor, tmp_path: Path) -> None:
+    rows = [{"prompt": "sort: b c", "chosen": "b c.", "rejected": "b c."}] * 2
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"gives no pair \(2 rows whose answers are the same\)"):
+        load(processor, path=str(tmp_path / "t.jsonl"), format="trl")
+
+
+def test_a_long_pair_is_named_by_its_row_in_the_file(processor, tmp_path: Path) -> None:
+    """Whatever was passed over before it."""
+    rows = [{"prompt": "sort: b c", "chosen": "b c.", "rejected": answer} for answer in ("c.", "b c.", "red " * 200)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"t\.jsonl row 3: the pair takes"):
+        load(processor, path=str(tmp_path / "t.jsonl"), format="trl", start=1)
