@@ -28,7 +28,7 @@ def line_chart(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if label == "policy versions":
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, max(1, axes.get_ylim()[1]))
         if label.startswith("share"):
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         if label == "share":
