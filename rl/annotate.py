@@ -55,7 +55,7 @@ class AnnotateConfig(Settings):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "AnnotateConfig":
-        check_judging(self.judge, self.pairs, self.rollout.sampling)
+        check_judging(self.judge, self.pairs, self.rollout.sampling, self.reference)
         if self.pairs.uncertain is not None:
             raise ConfigError("pairs.uncertain smooths labels while a policy learns: set it in align, not here")
         return self

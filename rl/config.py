@@ -9,7 +9,7 @@ from cluster.errors import ConfigError
 from cluster.settings import Settings
 from rl.data import DataSettings, WorldData
 from rl.engine import OptimizerSettings
-from rl.judges import JudgeBase, JudgeSettings, OracleSettings
+from rl.judges import ImplicitSettings, JudgeBase, JudgeSettings, OracleSettings
 from rl.losses import LossSettings
 from rl.pairs import PairSettings
 from rl.policy import PolicySettings
@@ -123,7 +123,7 @@ class AlignConfig(Settings):
                 f"loss.label_smoothing and pairs.uncertain work with loss.kind sigmoid only, not {self.loss.kind}"
             )
         if isinstance(self.pairs, PairSettings):
-            check_judging(self.judge, self.pairs, sampling)
+            check_judging(self.judge, self.pairs, sampling, self.reference)
         return self
 
     @property
@@ -137,7 +137,9 @@ class AlignConfig(Settings):
         ]
 
 
-def check_judging(judge: JudgeBase, pairs: PairSettings, sampling: SamplingSettings) -> None:
+def check_judging(
+    judge: JudgeBase, pairs: PairSettings, sampling: SamplingSettings, reference: ReferenceSettings
+) -> None:
     """Refuse settings with which no pair could ever be made.
 
     Raises:
@@ -146,6 +148,11 @@ def check_judging(judge: JudgeBase, pairs: PairSettings, sampling: SamplingSetti
     candidates = sampling.completions + (pairs.rule == "best_vs_reference")
     if candidates < 2:
         raise ConfigError("rollout.sampling.completions is 1, but a pair needs two: set it to 2 or more")
+    if isinstance(judge, ImplicitSettings) and reference.model is None:
+        raise ConfigError(
+            "judge.kind implicit compares the policy with the reference, which would be the same model: set "
+            "reference.model to the one that policy.model was aligned from"
+        )
     if pairs.rule == "best_vs_reference" and judge.needs_reference:
         raise ConfigError("pairs.rule best_vs_reference needs a judge of texts: nobody sampled the reference answers")
     if sampling.temperature == 0 and pairs.rule != "best_vs_reference":

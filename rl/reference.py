@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cluster.connect import ActorResources, log_to_file
-from cluster.settings import Settings
+from cluster.settings import LocalPath, Settings
 from rl.batching import plan_microbatches
 from rl.engine import prepare_worker
-from rl.policy import PolicySettings
+from rl.policy import PolicySettings, resolve_model
 from rl.rollout import CALL_TIMEOUT_S
 from rl.scoring import ScoredSequence, to_sequence
 from rl.types import Completion, Pair, PairValues, Prompt
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class ReferenceSettings(Settings):
     """The reference model's actors."""
 
+    model: LocalPath | None = None
+    """Model folder or hub id, with the policy's tokenizer; left out, what the policy starts from."""
     workers: int = Field(1, ge=1)
     """Copies of the reference; they share the sequences."""
     resources: ActorResources = ActorResources(cpus=0.25, threads=2)
@@ -112,9 +114,15 @@ class Reference:
 
 
 def start_reference(settings: ReferenceSettings, policy: PolicySettings, model: str, logs: Path) -> Reference:
-    """Start the reference's actors; `logs` is a local folder."""
+    """Start the reference's actors; `model` is what the policy starts from, `logs` a local folder.
+
+    Raises:
+        DataError: there is no model at `reference.model`.
+    """
     import ray
 
+    if settings.model is not None:
+        model = resolve_model(settings.model, "reference.model")
     actor: Any = ray.remote(ReferenceWorker).options(num_cpus=settings.resources.cpus, num_gpus=settings.resources.gpus)
     workers = [
         actor.remote(settings, policy, model, str(logs / f"reference-{index}.log")) for index in range(settings.workers)

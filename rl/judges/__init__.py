@@ -73,4 +73,13 @@ JudgeSettings = Annotated[
     Field(discriminator="kind"),
 ]
 
-__all__ = ["EnsembleSettings", "Judge", "JudgeBase", "JudgeContext", "JudgeSettings", "OracleSettings", "collect_keys"]
+__all__ = [
+    "EnsembleSettings",
+    "ImplicitSettings",
+    "Judge",
+    "JudgeBase",
+    "JudgeContext",
+    "JudgeSettings",
+    "OracleSettings",
+    "collect_keys",
+]

@@ -133,6 +133,13 @@ def test_what_was_annotated_is_exported_and_learned_from(cluster: Cluster, confi
     assert [row["pairs"] for row in rows] == [8, 8]
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
 
+    itself = raylign(
+        "annotate", str(config), f"run.dir={tmp_path / 'itself'}", f"policy.model={tmp_path / 'dpo' / 'model'}",
+        "reference.model=rl/world/base", "judge={kind: implicit}", "pairs.margin=1e-5",
+    )  # fmt: skip
+    assert itself.code == 0, itself.output
+    assert quality(tmp_path / "itself")["pairs"] > 0, "two updates have made a difference"
+
     for kind in ("best", "steerlm"):
         trained = raylign(
             "sft", str(ROOT / "jobs/configs/world-sft.yaml"), f"output={kind}", f"data={{kind: {kind}, path: run}}",
