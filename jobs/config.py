@@ -22,10 +22,11 @@ HELP_WIDTH = 110
 
 # What may differ when a run goes on: how far, on which machines, and how fast; never what is learned from what.
 FREE_TO_CHANGE = (
-    "run.", "cluster.", "loop.steps", "loop.eval_every", "loop.checkpoint_", "rollout.workers", "rollout.resources.",
-    "rollout.max_sequences", "rollout.cpu_cache_gib", "rollout.gpu_memory_fraction", "reference.workers",
-    "reference.resources.", "reference.tokens_per_batch", "learner.resources.", "weights.", "judge.budget", "judge.concurrency", "judge.requests_per_minute", "judge.tokens_per_minute",
-    "judge.timeout_s", "judge.retries", "judge.cache", "judge.input_price", "judge.output_price", "judge.api_key_env",
+    "run.", "cluster.", "loop.steps", "loop.eval_every", "loop.checkpoint_", "rollout.workers",
+    "rollout.resources.", "rollout.max_sequences", "rollout.cpu_cache_gib", "rollout.gpu_memory_fraction",
+    "reference.workers", "reference.resources.", "reference.tokens_per_batch", "learner.resources.", "weights.",
+    "judge.budget", "judge.concurrency", "judge.requests_per_minute", "judge.tokens_per_minute", "judge.timeout_s",
+    "judge.retries", "judge.cache", "judge.input_price", "judge.output_price", "judge.api_key_env",
     "judge.base_url", "judge.resources.", "judge.workers",
 )  # fmt: skip
 
