@@ -51,6 +51,10 @@ def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
     if resume:
         folder.create(overwrite, resume)
         check_same_settings(folder.read_text("config.yaml"), config, folder.address)
+        if folder.read_json("status.json")["state"] == "finished":
+            print(f"nothing left to do: {folder.address} is annotated")
+            _show(folder)
+            return 0
     connect(config.cluster)
     check_room(config.roles)
     folder.create(overwrite, resume)
@@ -66,6 +70,8 @@ def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
     try:
         annotation = Annotation(placed, model, folder, logs, keys, report)
         folder.discard_replaced()
+        held = f"; {annotation.held_out} held out are left alone" if annotation.held_out else ""
+        print(f"{len(annotation.prompts)} prompts to annotate{held}", flush=True)
         complete = asyncio.run(_run(annotation))
         state = "finished" if complete else "stopped"
     except RaylignError:

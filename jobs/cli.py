@@ -69,7 +69,8 @@ def job_parser(job: str, description: str, config: "type[BaseModel] | None" = No
 
 
 def entry() -> None:
-    """The console script."""
+    """The console script. Modules of the current folder can be imported, as with `python -m`."""
+    sys.path.insert(0, os.getcwd())
     leave(main())
 
 

@@ -162,6 +162,10 @@ def _sentence(model: type[BaseModel], fault: Any) -> str:
         near = difflib.get_close_matches(real, known, n=1, cutoff=0.0) or known[:1]
         return f"{real} is not a field of the config; did you mean {near[0]}?"
     key = ".".join(_without_choices(model, location))
+    if fault["type"] == "union_tag_invalid":
+        tag, known = fault["ctx"]["tag"], [one.strip("' ") for one in fault["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(tag, known, n=1, cutoff=0.0)[0]
+        return f"{key}.kind is {tag!r}, but must be one of {', '.join(known)}; did you mean {near}?"
     if fault["type"] == "missing":
         return f"{key} is required"
     return f"{key} is {fault['input']!r}, but: {fault['msg'][:1].lower()}{fault['msg'][1:]}"

@@ -113,9 +113,7 @@ def _ray(address: str | None) -> str:
 
 def _judge_keys() -> str:
     present = [name for name in JUDGE_KEYS if os.environ.get(name)]
-    return (
-        f"{', '.join(present)} set (not shown)" if present else "none set; only judges without a remote API will work"
-    )
+    return f"{', '.join(present)} set (not shown)" if present else "none set; Gemini and other paid judges need one"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     if not pairs:
         raise DataError(f"{folder.address} holds no pairs; give the folder of a run of annotate or align")
     target = Path(options.file).expanduser().absolute()
+    if target.suffix != ".parquet":
+        raise DataError(f"{target} must end in .parquet, for that is what is written")
     if target.exists() and not options.overwrite:
         raise DataError(f"{target} exists; replace it by --overwrite, or give another file")
     target.parent.mkdir(parents=True, exist_ok=True)

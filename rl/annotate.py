@@ -90,7 +90,8 @@ class Annotation:
         """
         self._config, self._folder = config, folder
         processor = load_processor(model)
-        self.prompts = config.data.load(config.seed, report).training
+        sets = config.data.load(config.seed, report)
+        self.prompts, self.held_out = sets.training, len(sets.heldout)
         room = config.policy.max_length - config.rollout.sampling.max_tokens
         check_prompts(self.prompts, processor, room, config.rollout.max_images)
         config.judge.check(self.prompts)

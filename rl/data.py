@@ -98,11 +98,14 @@ class FileSettings(Settings):
         if faults:
             report(faults)
         if faults and self.bad_rows == "refuse":
+            section = field.split(".")[0]
             more = f" (and {len(faults) - _SHOWN_FAULTS} more)" if len(faults) > _SHOWN_FAULTS else ""
             shown = "; ".join(map(str, faults[:_SHOWN_FAULTS]))
+            if not usable and len(faults) > 1 and len({fault.why for fault in faults}) == 1:
+                raise DataError(f"{field}: no row can be used: {faults[0].why}; is {section}.format right?")
             raise DataError(
                 f"{field}: {counted(len(faults), 'bad row')}: {shown}{more}; mend them, or leave them out with "
-                f"{field.split('.')[0]}.bad_rows=skip"
+                f"{section}.bad_rows=skip"
             )
         if not usable:
             raise DataError(f"{field}: {path} holds no usable row")

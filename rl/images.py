@@ -62,6 +62,7 @@ def _decode(source: bytes | Path, where: str) -> Image.Image:
             raise DataError(f"{where}: image file {source} does not exist")
         if source.stat().st_size > MAX_BYTES:
             raise DataError(f"{where}: image file {source} is over {MAX_BYTES >> 20} MiB; make it smaller")
+        where = f"{where}: {source.name}"
         source = source.read_bytes()
     if len(source) > MAX_BYTES:
         raise DataError(f"{where}: the image is over {MAX_BYTES >> 20} MiB; make it smaller")

@@ -129,7 +129,8 @@ def _page(folder: RunFolder, result: dict[str, Any], answers: Sequence[Answers],
         for side in ("chosen", "rejected")
     }
     ordered = {side: dict(sorted(bars.items(), key=lambda bar: int(bar[0]))) for side, bars in lengths.items()}
-    known = sorted({int(length) for bars in ordered.values() for length in bars})
+    found = [int(length) for bars in ordered.values() for length in bars]
+    known = range(min(found), max(found) + 1, 4) if found else ()
     ordered = {side: {str(length): bars.get(str(length), 0) for length in known} for side, bars in ordered.items()}
     margins = {f"{margin:g}": count for margin, count in result["margins"].items()}
     charts = [

@@ -48,6 +48,11 @@ class EnsembleSettings(JudgeBase):
     def key_names(self) -> set[str]:
         return {name for member in self.members for name in member.judge.key_names}
 
+    def check_setup(self) -> None:
+        """See `JudgeBase.check_setup`."""
+        for member in self.members:
+            member.judge.check_setup()
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """See `JudgeBase.check`."""
         for member in self.members:

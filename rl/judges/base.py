@@ -91,6 +91,13 @@ class JudgeBase(Settings):
         """Whether it wants log-probs of the reference model."""
         return False
 
+    def check_setup(self) -> None:
+        """Refuse, before anything is started, a judge that could never work.
+
+        Raises:
+            ConfigError: says what is missing.
+        """
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts that it could never judge.
 
@@ -117,8 +124,9 @@ def collect_keys(judge: JudgeBase) -> dict[str, SecretStr]:
     """The judge's API keys from this process's environment.
 
     Raises:
-        ConfigError: one is not set.
+        ConfigError: one is not set, or something else that the judge needs is missing.
     """
+    judge.check_setup()
     missing = sorted(name for name in judge.key_names if not os.environ.get(name))
     if missing:
         raise ConfigError(f"judge: the environment variable {missing[0]} is not set; put the API key into it")

@@ -21,6 +21,10 @@ class RulesSettings(JudgeBase):
     function: str
     """Where it is: package.module:function."""
 
+    def check_setup(self) -> None:
+        """See `JudgeBase.check_setup`."""
+        load_function(self.function)
+
     def build(self, context: JudgeContext) -> "RulesJudge":
         """The judge.
 

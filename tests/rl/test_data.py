@@ -69,7 +69,7 @@ def test_prompts_are_read_with_their_images(tmp_path: Path) -> None:
         ({"prompt": " "}, "row 2: 'prompt' must be a non-empty text"),
         ({"prompt": "x", "imgae": "a.png"}, r"row 2: unknown column 'imgae' \(known are "),
         ({"prompt": "x", "images": ["no.png"]}, "row 2: image: image file .*no.png does not exist"),
-        ({"prompt": "x", "images": ["broken.png"]}, "row 2: image: this is no image"),
+        ({"prompt": "x", "images": ["broken.png"]}, "row 2: image: broken.png: this is no image"),
         ({"prompt": "x", "truth": "blue"}, "row 2: `truth` must be an object with a `kind` of describe, "),
         ({"prompt": "x", "truth": {"kind": "colour"}}, "row 2: `truth` must be an object with a `kind` of describe, "),
         ({"prompt": "x", "truth": {"kind": "describe"}}, "row 2: `truth` of kind describe needs `objects`"),
