@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 from pydantic import Field
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, first_line
 from cluster.settings import Settings
 
 AuthMode = Literal["disabled", "token"]
@@ -109,7 +109,7 @@ def connect(settings: ClusterSettings) -> None:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=runtime_env)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"cluster.address: no Ray cluster at {address!r} ({_first_line(error)}); start one with `ray start --head` "
+            f"cluster.address: no Ray cluster at {address!r} ({first_line(error)}); start one with `ray start --head` "
             f"or leave cluster.address out to start one for this run; if it asks for a token, set RAY_AUTH_MODE=token "
             f"and RAY_AUTH_TOKEN"
         ) from error
@@ -196,7 +196,3 @@ def _check_reachable(address: str) -> None:
         raise ClusterError(
             f"cluster.address: nothing answers at {address} ({error}); check the address and that the cluster is up"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -66,6 +66,11 @@ def root_cause(error: BaseException) -> BaseException:
     return foreign or error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def describe(error: BaseException) -> str:
     """The kind of an unexpected error and what it says, in one line, without colours or traces."""
     cause = root_cause(error)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cluster.connect import check_room, connect
 from cluster.errors import ClusterError, DataError, RaylignError, describe, root_cause
@@ -23,7 +23,7 @@ from rl.config import AlignConfig
 from rl.data import check_files
 from rl.judges import collect_keys
 from rl.policy import resolve_model
-from rl.store import RunFolder
+from rl.store import Ending, RunFolder
 from rl.stored import OfflinePairs
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ START_TIMEOUT_S = 1800.0
 FINISH_TIMEOUT_S = 3 * 3600.0
 EVENTS_TIMEOUT_S = 600.0
 SILENCE_TIMEOUT_S = 2 * 3600.0
-
-Ending = Literal["finished", "stopped", "failed"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -102,7 +100,8 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
             return 0
     connect(config.cluster)
     check_room(config.roles)
-    folder.create(overwrite, resume)
+    if not resume:
+        folder.create(overwrite, resume)
     folder.write_text("config.yaml", dump_config(config))
     folder.set_state("running")
     console.say(f"run folder {folder.address}, seed {config.seed}, {config.loop.steps} steps")

@@ -7,10 +7,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from cluster.connect import check_room, connect
-from cluster.errors import JudgeError, RaylignError, root_cause
+from cluster.errors import JudgeError, root_cause
 from cluster.settings import located
 from jobs.cli import job_parser, run
 from jobs.config import check_same_settings, dump_config, load_config
@@ -20,7 +19,7 @@ from rl.data import check_files
 from rl.formats import Fault
 from rl.judges import collect_keys
 from rl.policy import resolve_model
-from rl.store import RunFolder
+from rl.store import Ending, RunFolder
 from rl.types import PairBatch
 
 
@@ -57,7 +56,8 @@ def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
             return 0
     connect(config.cluster)
     check_room(config.roles)
-    folder.create(overwrite, resume)
+    if not resume:
+        folder.create(overwrite, resume)
     folder.write_text("config.yaml", dump_config(config))
     folder.set_state("running")
     print(f"run folder {folder.address}, seed {config.seed}", flush=True)
@@ -66,7 +66,7 @@ def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
     def report(faults: Sequence[Fault]) -> None:
         print(f"warning: {folder.list_faults(faults)}", flush=True)
 
-    state: Literal["finished", "stopped", "failed"] = "failed"
+    state: Ending = "failed"
     try:
         annotation = Annotation(placed, model, folder, logs, keys, report)
         folder.discard_replaced()
@@ -74,8 +74,6 @@ def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
         print(f"{len(annotation.prompts)} prompts to annotate{held}", flush=True)
         complete = asyncio.run(_run(annotation))
         state = "finished" if complete else "stopped"
-    except RaylignError:
-        raise
     except Exception as error:
         raise root_cause(error) from None
     finally:

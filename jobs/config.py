@@ -153,15 +153,13 @@ def _sentence(model: type[BaseModel], fault: Any) -> str:
     if fault["type"] == "lookalike":
         location.append(fault["ctx"]["field"])
         fault = {**fault, "input": fault["ctx"]["value"]}
-    key = ".".join(location)
+    key = ".".join(_without_choices(model, location))
     if fault["type"] == "extra_forbidden":
         known = list(_keys(model))
-        real = ".".join(_without_choices(model, location))
-        if real in known:
-            return f"{real} is a field of another kind than the one chosen: take it out, or choose that kind"
-        near = difflib.get_close_matches(real, known, n=1, cutoff=0.0) or known[:1]
-        return f"{real} is not a field of the config; did you mean {near[0]}?"
-    key = ".".join(_without_choices(model, location))
+        if key in known:
+            return f"{key} is a field of another kind than the one chosen: take it out, or choose that kind"
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0) or known[:1]
+        return f"{key} is not a field of the config; did you mean {near[0]}?"
     if fault["type"] == "union_tag_invalid":
         tag, known = fault["ctx"]["tag"], [one.strip("' ") for one in fault["ctx"]["expected_tags"].split(",")]
         near = difflib.get_close_matches(tag, known, n=1, cutoff=0.0)[0]

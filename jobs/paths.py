@@ -7,7 +7,7 @@ from cluster.connect import in_job
 
 def places() -> list[Path]:
     """Where relative paths of inputs are looked for: here, and in a Ray job also where runs are written."""
-    return [Path.cwd(), *([Path.home() / "raylign"] if in_job() else [])]
+    return list(dict.fromkeys([Path.cwd(), _runs()]))
 
 
 def run_address(directory: str) -> str:
@@ -16,4 +16,8 @@ def run_address(directory: str) -> str:
     if "://" in directory:
         return directory
     path = Path(directory).expanduser()
-    return str(path if path.is_absolute() else (Path.home() / "raylign" if in_job() else Path.cwd()) / path)
+    return str(path if path.is_absolute() else _runs() / path)
+
+
+def _runs() -> Path:
+    return Path.home() / "raylign" if in_job() else Path.cwd()

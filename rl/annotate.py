@@ -15,8 +15,7 @@ from cluster.connect import ClusterSettings, Role
 from cluster.errors import ConfigError, DataError
 from cluster.settings import Settings
 from rl.config import RunSettings, check_judging
-from rl.data import DataSettings, WorldData, check_prompts
-from rl.formats import Fault
+from rl.data import DataSettings, Report, WorldData, check_prompts
 from rl.judges import Judge, JudgeContext, JudgeSettings, OracleSettings
 from rl.pairs import PairSettings, check_references, make_pairs
 from rl.policy import PolicySettings, load_processor
@@ -81,7 +80,7 @@ class Annotation:
         folder: RunFolder,
         logs: Path,
         keys: dict[str, SecretStr],
-        report: Callable[[Sequence[Fault]], None],
+        report: Report,
     ):
         """Load the prompts and start the actors.
 

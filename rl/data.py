@@ -202,7 +202,8 @@ class ImageFolder(Settings):
         return split_by_image(prompts, self.heldout_share)
 
 
-SingleSource = Annotated[WorldData | PromptFiles | ImageFolder, Field(discriminator="kind")]
+_Single = WorldData | PromptFiles | ImageFolder
+SingleSource = Annotated[_Single, Field(discriminator="kind")]
 
 
 class MixedPart(Settings):
@@ -252,7 +253,7 @@ class MixedData(Settings):
         return without_leaks(mixed, [prompt for one in sets for prompt in one.heldout])
 
 
-DataSettings = Annotated[WorldData | PromptFiles | ImageFolder | MixedData, Field(discriminator="kind")]
+DataSettings = Annotated[_Single | MixedData, Field(discriminator="kind")]
 
 
 def check_files(files: Sequence[tuple[str, str]]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from cluster.errors import DataError
+from cluster.errors import DataError, first_line
 from cluster.settings import Settings
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def load_processor(model: str) -> "ProcessorMixin":
         sees = takes_images(AutoConfig.from_pretrained(model))
         processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise DataError(f"policy.model: the processor of {model} cannot be loaded ({_first_line(error)})") from error
+        raise DataError(f"policy.model: the processor of {model} cannot be loaded ({first_line(error)})") from error
     if sees and not hasattr(processor, "image_processor"):
         raise DataError(
             f"policy.model: {model} sees images but lacks preprocessor_config.json; copy it from its source"
@@ -107,7 +107,7 @@ def load_model(model: str, precision: Precision) -> "PreTrainedModel":
     try:
         loaded, report = loader.from_pretrained(model, dtype=getattr(torch, precision), output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise DataError(f"policy.model: {model} cannot be loaded ({_first_line(error)})") from error
+        raise DataError(f"policy.model: {model} cannot be loaded ({first_line(error)})") from error
     if report["missing_keys"]:
         raise DataError(f"policy.model: {model} lacks the weights {sorted(report['missing_keys'])[:3]}")
     return loaded.eval()
@@ -236,7 +236,3 @@ def merge_adapter(base: str, adapter: Path, folder: Path, precision: Precision) 
         save_checkpoint(merged, merged.state_dict(), load_processor(base), folder)
         stamp.write_text(digest)
     return folder
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -128,10 +128,9 @@ def _page(folder: RunFolder, result: dict[str, Any], answers: Sequence[Answers],
         side: Counter(str(len(getattr(pair.completions, side).token_ids) // 4 * 4) for pair in pairs)
         for side in ("chosen", "rejected")
     }
-    ordered = {side: dict(sorted(bars.items(), key=lambda bar: int(bar[0]))) for side, bars in lengths.items()}
-    found = [int(length) for bars in ordered.values() for length in bars]
+    found = [int(length) for bars in lengths.values() for length in bars]
     known = range(min(found), max(found) + 1, 4) if found else ()
-    ordered = {side: {str(length): bars.get(str(length), 0) for length in known} for side, bars in ordered.items()}
+    ordered = {side: {str(length): bars.get(str(length), 0) for length in known} for side, bars in lengths.items()}
     margins = {f"{margin:g}": count for margin, count in result["margins"].items()}
     charts = [
         bar_chart("Grades", "grade", "answers", grades),

@@ -34,6 +34,8 @@ from rl.tables import Answers, read_answers, read_pairs, write_answers, write_pa
 from rl.types import PairBatch
 
 BAD_ROWS = "bad-rows.jsonl"
+Ending = Literal["finished", "stopped", "failed"]
+"""How a run ended."""
 
 
 class RunFolder:
@@ -91,7 +93,7 @@ class RunFolder:
             self.filesystem.mv(self._root, self._aside, recursive=True)
         self.filesystem.makedirs(self._root, exist_ok=True)
 
-    def set_state(self, state: Literal["running", "finished", "stopped", "failed"]) -> None:
+    def set_state(self, state: Literal["running"] | Ending) -> None:
         """Write status.json: how the run stands, and while it runs which process writes it."""
         import psutil
 

@@ -20,6 +20,8 @@ from rl.types import Completion, Judgement, Pair, PairValues, Prompt
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
+_WHY = {"ties": "too close", "identical": "the same", "unjudged": "not graded"}
+
 
 class OfflinePairs(FileSettings):
     """Learn from stored pairs; nothing is sampled but for evaluation."""
@@ -104,9 +106,6 @@ class OfflinePairs(FileSettings):
                     counts[f"whose answers are {_WHY[name]}"] += made[name]
             for pair in pairs:
                 yield pair, usable.where
-
-
-_WHY = {"ties": "too close", "identical": "the same", "unjudged": "not graded"}
 
 
 def ablate(pairs: Sequence[Pair], fraction: float, flipped: float, seed: int) -> list[Pair]:

@@ -1,4 +1,4 @@
-"""Judges: who says which completion is better. A new judge is one file here and its name in both lists below."""
+"""Judges: who says which completion is better. A new judge is one file here and one name in `_Single`."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -17,10 +17,8 @@ from rl.judges.reward import RewardSettings
 from rl.judges.rules import RulesSettings
 from rl.types import Prompt
 
-SingleJudge = Annotated[
-    OracleSettings | GeminiSettings | OpenAISettings | RewardSettings | ImplicitSettings | RulesSettings,
-    Field(discriminator="kind"),
-]
+_Single = OracleSettings | GeminiSettings | OpenAISettings | RewardSettings | ImplicitSettings | RulesSettings
+SingleJudge = Annotated[_Single, Field(discriminator="kind")]
 
 
 class Member(Settings):
@@ -67,16 +65,7 @@ class EnsembleSettings(JudgeBase):
         return EnsembleJudge([(member.judge.build(context), member.weight) for member in self.members])
 
 
-JudgeSettings = Annotated[
-    OracleSettings
-    | GeminiSettings
-    | OpenAISettings
-    | RewardSettings
-    | ImplicitSettings
-    | RulesSettings
-    | EnsembleSettings,
-    Field(discriminator="kind"),
-]
+JudgeSettings = Annotated[_Single | EnsembleSettings, Field(discriminator="kind")]
 
 __all__ = [
     "EnsembleSettings",
