@@ -92,7 +92,16 @@ def connect(settings: ClusterSettings) -> None:
 
     if ray.is_initialized():
         return
-    runtime_env = {"env_vars": environment_variables()}
+    variables = environment_variables()
+    if address is None:
+        port = free_port()
+        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+        variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+    else:
+        variables["RAY_ADDRESS"] = _resolved(address) if address == "auto" else address
+    # RAY_ADDRESS: Ray Train asks whether its controller lives, and without it may ask another cluster of this machine,
+    # which knows of none; then it takes the workers' placement away.
+    runtime_env = {"env_vars": variables}
     if address is None:
         ray.init(
             address="local",  # never a cluster that happens to run here
@@ -113,6 +122,24 @@ def connect(settings: ClusterSettings) -> None:
             f"or leave cluster.address out to start one for this run; if it asks for a token, set RAY_AUTH_MODE=token "
             f"and RAY_AUTH_TOKEN"
         ) from error
+
+
+def _resolved(address: str) -> str:
+    """host:port of the cluster that Ray finds by itself; as it is where there is none, for joining to refuse it."""
+    import ray
+
+    with suppress(ConnectionError, RuntimeError, ValueError):
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        address = str(ray.get_runtime_context().gcs_address)
+        ray.shutdown()
+    return address
+
+
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
 
 
 def set_auth_mode(joining: bool) -> None:

@@ -23,6 +23,7 @@ from rl.config import AlignConfig
 from rl.data import check_files
 from rl.judges import collect_keys
 from rl.policy import resolve_model
+from rl.regimes import parts
 from rl.store import Ending, RunFolder
 from rl.stored import OfflinePairs
 
@@ -39,7 +40,7 @@ SILENCE_TIMEOUT_S = 2 * 3600.0
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and align; returns the exit code."""
-    parser = job_parser("align", "Align a model online: sample, judge, pair, score, update, publish.", AlignConfig)
+    parser = job_parser("align", "Align a model to preferences: online, offline, or both.", AlignConfig)
     parser.add_argument("--dry-run", action="store_true", help="print config, actors and outputs, then stop")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
@@ -60,11 +61,15 @@ def plan(config: AlignConfig) -> str:
         f"{role.resources.threads} threads each"
         for role in config.roles
     ]
+    samples = parts(config.pairs).needs_engines
     writes = [
         ("config.yaml", "the config above"),
         ("metrics.jsonl, tensorboard/", f"a row for each of {config.loop.steps} steps"),
         ("pairs/", "one Parquet file per step"),
-        ("evaluations/", f"every {config.loop.eval_every} steps and at both ends"),
+        (
+            "evaluations/",
+            f"every {config.loop.eval_every} steps and at both ends" if samples else "none: nothing is sampled",
+        ),
         ("checkpoints/", f"every {config.loop.checkpoint_every} steps, the newest {config.loop.checkpoints_kept} kept"),
         ("model/", "a PEFT adapter" if config.policy.lora else "a Hugging Face model folder"),
         ("summary.json, report.html, logs/", "results to read"),
@@ -86,9 +91,11 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
     console = Console()
     began = time.time()
     model = resolve_model(config.policy.model)
-    keys = collect_keys(config.judge)
     placed = located(config, places())
-    check_files([*placed.data.files(), *(placed.pairs.files() if isinstance(placed.pairs, OfflinePairs) else ())])
+    made = parts(placed.pairs)
+    keys = collect_keys(config.judge) if made.needs_engines else {}
+    section = "pairs" if isinstance(placed.pairs, OfflinePairs) else "pairs.stored"
+    check_files([*placed.data.files(), *(made.stored.files(section) if made.stored else ())])
     folder = RunFolder(run_address(config.run.dir))
     first_step = 1
     if resume:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 def annotate(config: AnnotateConfig, resume: bool, overwrite: bool) -> int:
     """Annotate to the end, or until it is stopped; returns the exit code."""
     model = resolve_model(config.policy.model)
-    keys = collect_keys(config.judge)
+    keys = collect_keys(config.judge) if config.parts.sampled else {}
     placed = located(config, places())
     check_files(placed.data.files())
     folder = RunFolder(run_address(config.run.dir))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import PydanticUndefined
 
 from cluster.errors import ConfigError, RaylignError
@@ -27,7 +27,7 @@ FREE_TO_CHANGE = (
     "reference.workers", "reference.resources.", "reference.tokens_per_batch", "learner.resources.", "weights.",
     "judge.budget", "judge.concurrency", "judge.requests_per_minute", "judge.tokens_per_minute", "judge.timeout_s",
     "judge.retries", "judge.cache", "judge.input_price", "judge.output_price", "judge.api_key_env",
-    "judge.base_url", "judge.resources.", "judge.workers",
+    "judge.base_url", "judge.resources.", "judge.workers", "pairs.masked.", "pairs.second.masked.",
 )  # fmt: skip
 
 
@@ -170,13 +170,18 @@ def _sentence(model: type[BaseModel], fault: Any) -> str:
 
 
 def _without_choices(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """pydantic puts the chosen `kind` of a union into the location; a person does not write it."""
+    """pydantic puts the chosen `kind` or tag of a union into the location; a person does not write it."""
     kept: list[str] = []
     models = [model]
+    tags: set[str] = set()
     for part in location:
         fields = {name: field for one in models for name, field in one.model_fields.items()}
+        if part in tags:
+            tags = set()
+            models = [one for one in models if part in _kinds(one)] or models
+            continue
         if part in fields:
-            models = _models(fields[part].annotation)
+            models, tags = _models(fields[part].annotation), _tags(fields[part].annotation)
         elif len(models) > 1 and any(part in _kinds(one) for one in models):
             models = [one for one in models if part in _kinds(one)]
             continue
@@ -203,6 +208,11 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
         return [model for part in typing.get_args(annotation) for model in _models(part)]
     return []
+
+
+def _tags(annotation: Any) -> set[str]:
+    """The tags of a union's members."""
+    return {mark.tag for part in typing.get_args(annotation) for mark in typing.get_args(part) if isinstance(mark, Tag)}
 
 
 def _type_name(annotation: Any) -> str:

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: one line per step, in plain text, for terminals and job logs alike."""
 
+import math
 import time
 from typing import Any
 
@@ -64,13 +65,16 @@ class Console:
 
     def summary(self, summary: dict[str, Any], folder: RunFolder, state: str) -> None:
         """The end of a run: what changed, and where everything lies."""
-        self.say(f"{state} at policy version {summary['policy_version']}; before -> after on held-out prompts:")
+        self._flush(summary["policy_version"])
+        measured = "; before -> after on held-out prompts:" if summary["after"] else ""
+        self.say(f"{state} at policy version {summary['policy_version']}{measured}")
         for name in SHOWN_METRICS:
             if name in summary["after"] and name in summary["before"]:
                 print(f"    {name:20} {summary['before'][name]:8.3f} -> {summary['after'][name]:8.3f}")
         if "cost" in summary["judge"]:
             print(f"    judge: {describe_judging(summary['judge'])}")
-        print(f"    largest probe difference {summary['probe_max_abs_diff']:.2g} nats per token")
+        if summary["publications"]:
+            print(f"    largest probe difference {summary['probe_max_abs_diff']:.2g} nats per token")
         for name in ("report.html", "summary.json", "model"):
             print(f"    {name:14} {folder.url(name)}")
         if state == "stopped":
@@ -79,7 +83,7 @@ class Console:
     def _flush(self, steps: int) -> None:
         if self._row is None:
             return
-        row = {"seconds_sync": 0.0, **self._row}
+        row = {"seconds_sync": 0.0, "kl": math.nan, **self._row}
         columns = (*_COLUMNS, _COST) if "judge_input_tokens" in row else _COLUMNS
         if self._lines % HEADER_EVERY == 0:
             print(f"{'step':>9} " + " ".join(f"{name:>{width}}" for name, width, _ in columns))

@@ -10,11 +10,11 @@ from typing import Any
 
 from cluster.connect import ClusterSettings, Role, check_room, connect
 from jobs.cli import job_parser, run
-from rl.answers import with_suffix
 from rl.data import WorldData
 from rl.evaluation import Answer, measure
 from rl.judges.oracle import OracleJudge
 from rl.policy import PolicySettings, resolve_model
+from rl.render import with_suffix
 from rl.rollout import Rollouts, RolloutSettings, SamplingSettings, start_rollouts
 from rl.types import Prompt
 

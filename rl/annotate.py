@@ -17,9 +17,20 @@ from cluster.settings import Settings
 from rl.config import RunSettings, check_judging
 from rl.data import DataSettings, Report, WorldData, check_prompts
 from rl.judges import Judge, JudgeContext, JudgeSettings, OracleSettings
-from rl.pairs import PairSettings, check_references, make_pairs
+from rl.pairs import PairSettings, make_pairs
 from rl.policy import PolicySettings, load_processor
 from rl.reference import ReferenceSettings, start_reference
+from rl.regimes import (
+    MadePairs,
+    Parts,
+    SelfMade,
+    Tools,
+    equip,
+    make_regime,
+    masked_role,
+    parts,
+    prompted_pairs,
+)
 from rl.rollout import Rollouts, RolloutSettings, start_rollouts
 from rl.store import RunFolder
 from rl.tables import Answers
@@ -45,8 +56,8 @@ class AnnotateConfig(Settings):
     """The sampling engines."""
     judge: JudgeSettings = OracleSettings()
     """Who says which completion is better."""
-    pairs: PairSettings = PairSettings()
-    """How pairs are chosen."""
+    pairs: MadePairs = PairSettings()
+    """How pairs are chosen; or how rejected answers are made of the prompts' own, for which no judge is asked."""
     reference: ReferenceSettings = ReferenceSettings()
     """The frozen model; started only for a judge that needs it."""
     cluster: ClusterSettings = ClusterSettings()
@@ -54,19 +65,32 @@ class AnnotateConfig(Settings):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "AnnotateConfig":
-        check_judging(self.judge, self.pairs, self.rollout.sampling, self.reference)
-        if self.pairs.uncertain is not None:
-            raise ConfigError("pairs.uncertain smooths labels while a policy learns: set it in align, not here")
+        if (rule := self.parts.sampled) is not None:
+            check_judging(self.judge, rule, self.rollout.sampling, self.reference)
+            if rule.uncertain is not None:
+                raise ConfigError("pairs.uncertain smooths labels while a policy learns: set it in align, not here")
         return self
+
+    @property
+    def parts(self) -> Parts:
+        """What pairs are made with."""
+        return parts(self.pairs)
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a copy of the reference is started."""
+        return self.parts.sampled is not None and self.judge.needs_reference
 
     @property
     def roles(self) -> list[Role]:
         """Every kind of actor the job places."""
         reference = [Role("reference worker", self.reference.workers, self.reference.resources)]
+        engines = [Role("rollout worker", self.rollout.workers, self.rollout.resources)]
         return [
-            Role("rollout worker", self.rollout.workers, self.rollout.resources),
-            *(reference if self.judge.needs_reference else []),
-            *self.judge.roles,
+            *(engines if self.parts.needs_engines else []),
+            *(reference if self.uses_reference else []),
+            *masked_role(self.pairs),
+            *(self.judge.roles if self.parts.sampled else []),
         ]
 
 
@@ -93,14 +117,20 @@ class Annotation:
         self.prompts, self.held_out = sets.training, len(sets.heldout)
         room = config.policy.max_length - config.rollout.sampling.max_tokens
         check_prompts(self.prompts, processor, room, config.rollout.max_images)
-        config.judge.check(self.prompts)
-        check_references(self.prompts, config.pairs)
-        self._processor = processor
-        self._rollouts = Rollouts(start_rollouts(config.rollout, config.policy, model, "object_store", logs))
-        reference = (
-            start_reference(config.reference, config.policy, model, logs) if config.judge.needs_reference else None
+        if config.parts.sampled:
+            config.judge.check(self.prompts)
+        make_regime(config.pairs, self.prompts, (), config.seed)  # refuses prompts of which no pair could be made
+        workers = []
+        if config.parts.needs_engines:
+            blind = config.parts.needs_blind
+            workers = start_rollouts(config.rollout, config.policy, model, "object_store", logs, blind)
+        reference = start_reference(config.reference, config.policy, model, logs) if config.uses_reference else None
+        judge = config.judge if config.parts.sampled else OracleSettings()  # which then is asked nothing
+        self.judge: Judge = judge.build(JudgeContext(logs, keys, reference.logps if reference else None))
+        self._tools = Tools(
+            Rollouts(workers), self.judge, processor, config.rollout.sampling, config.policy.max_length, asyncio.Lock()
         )
-        self.judge: Judge = config.judge.build(JudgeContext(logs, keys, reference.logps if reference else None))
+        equip(self._tools, config.pairs, config.policy, model, logs)
         self._stopping = False
 
     async def run(self, progress: Callable[[PairBatch], None]) -> bool:
@@ -162,25 +192,44 @@ class Annotation:
         known = self._folder.read_answers(step)
         if known is not None and [one.prompt.id for one in known] == [prompt.id for prompt in prompts]:
             return known
-        sampling = self._config.rollout.sampling
-        groups = await self._rollouts.generate(prompts, sampling, self._config.seed * 1_000_003 + step)
-        answers = [Answers(prompt, tuple(group)) for prompt, group in zip(prompts, groups, strict=True)]
-        if self._config.pairs.rule == "best_vs_reference":
-            answers = [one.with_reference(self._processor) for one in answers]
+        rule = self._config.parts.sampled
+        if rule is None:  # what is written beside the given answer is made together with the pairs
+            answers = [Answers(one, ()).with_reference(self._tools.processor) for one in prompts]
+        else:
+            self._tools.begin()
+            groups = await self._tools.sample(prompts, self._seed(step))
+            answers = [Answers(prompt, tuple(group)) for prompt, group in zip(prompts, groups, strict=True)]
+            if rule.rule == "best_vs_reference":
+                answers = [one.with_reference(self._tools.processor) for one in answers]
         self._folder.write_answers(step, answers)
         return answers
 
+    def _seed(self, step: int) -> int:
+        return self._config.seed * 1_000_003 + step
+
     async def _judge(self, step: int, answers: Sequence[Answers]) -> PairBatch:
         prompts = [one.prompt for one in answers]
+        if (made := self._config.parts.self_made) is not None:
+            return await self._degrade(step, prompts, made)
         completions = [one.completions for one in answers]
         judgements = await self.judge.grade(prompts, completions)
-        pairs, counts = make_pairs(prompts, completions, judgements, self._config.pairs)
+        assert self._config.parts.sampled is not None
+        pairs, counts = make_pairs(prompts, completions, judgements, self._config.parts.sampled)
         judged = [Answers(one.prompt, one.completions, tuple(v)) for one, v in zip(answers, judgements, strict=True)]
         self._folder.write_answers(step, judged)
         tokens = sum(len(one.token_ids) for group in completions for one in group)
         counts.update(prompts=len(prompts), completions=sum(map(len, completions)), tokens=tokens)
         self._folder.write_spent(self.judge.spent)
         batch = PairBatch(step, tuple(pairs), len(prompts), dict(counts), {}, self.judge.spent)
+        self._folder.write_batch(batch)
+        return batch
+
+    async def _degrade(self, step: int, prompts: Sequence[Prompt], settings: SelfMade) -> PairBatch:
+        """Pairs of the prompts' own answers and what the policy makes of them."""
+        self._tools.begin()
+        pairs = await prompted_pairs(prompts, self._tools, settings, self._seed(step))
+        counts, seconds = dict(self._tools.counts), self._tools.seconds
+        batch = PairBatch(step, tuple(pairs), len(prompts), counts, seconds, self.judge.spent)
         self._folder.write_batch(batch)
         return batch
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from cluster.errors import ConfigError, DataError
 from cluster.settings import LocalPath, Settings
 from rl.data import DataSettings, Report, ShuffledStream, WorldData
+from rl.render import with_suffix
 from rl.store import RunFolder
 from rl.tables import Answers
 from rl.types import WRITTEN, Attributes, Completion, Judgement, Prompt
@@ -133,14 +134,6 @@ class SteerLm(JudgedSettings):
 
 
 AnswerSettings = Annotated[WorldText | ReferenceAnswers | BestAnswers | SteerLm, Field(discriminator="kind")]
-
-
-def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
-    """The prompt with a line behind the last user message."""
-    *before, last = prompt.messages
-    content = [*last["content"], {"type": "text", "text": f"\n{suffix}"}]
-    messages = [*before, {**last, "content": content}]
-    return Prompt.make(messages, prompt.images, prompt.reference_answer, prompt.truth, prompt.id, prompt.source)
 
 
 def _graded(answers: Answers) -> Iterator[tuple[Completion, Judgement]]:

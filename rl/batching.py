@@ -12,7 +12,7 @@ def plan_microbatches(lengths: Sequence[int], ranks: int, token_budget: int) -> 
     takes part in every pass.
 
     Args:
-        lengths: tokens of each item (for a pair, of its longer side times two).
+        lengths: tokens of each item (for a pair, of its longest sequence times their number).
         ranks: number of workers.
         token_budget: padded tokens in one pass of one rank. A single longer item still gets a pass.
 

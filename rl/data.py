@@ -98,7 +98,7 @@ class FileSettings(Settings):
         if faults:
             report(faults)
         if faults and self.bad_rows == "refuse":
-            section = field.split(".")[0]
+            section = field.rpartition(".")[0]
             more = f" (and {len(faults) - _SHOWN_FAULTS} more)" if len(faults) > _SHOWN_FAULTS else ""
             shown = "; ".join(map(str, faults[:_SHOWN_FAULTS]))
             if not usable and len(faults) > 1 and len({fault.why for fault in faults}) == 1:

@@ -74,7 +74,7 @@ class TrainEngine:
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings, total_steps))
         self._engine, *_ = deepspeed.initialize(
-            model=model,
+            model=model.train(),
             optimizer=optimizer,
             lr_scheduler=schedule,
             config=deepspeed_config(settings, precision),
@@ -121,24 +121,26 @@ class TrainEngine:
                 yield name, parameters[name].data
 
     def save(self, folder: str, state: dict[str, Any]) -> None:
-        """Write this rank's shards of weights and optimizer to `folder`."""
-        self._engine.save_checkpoint(folder, tag="state", client_state=state, save_latest=False)
+        """Write this rank's shards of trained weights and optimizer to `folder`; frozen weights are the start's."""
+        self._engine.save_checkpoint(
+            folder, tag="state", client_state=state, save_latest=False, exclude_frozen_parameters=True
+        )
 
     def load(self, folder: str) -> dict[str, Any]:
-        """Restore what `save` wrote; returns its `state`."""
-        _, state = self._engine.load_checkpoint(folder, tag="state")
+        """Restore what `save` wrote into an engine that has not stepped yet; returns its `state`."""
+        _, state = self._engine.load_checkpoint(folder, tag="state", load_module_strict=False)
         return state
 
 
 @contextmanager
-def gathered(parameter: "torch.Tensor") -> Iterator[None]:
-    """Hold the whole of a ZeRO-3 parameter on every rank; does nothing to an unsharded one."""
-    if not hasattr(parameter, "ds_id"):
+def gathered(*parameters: "torch.Tensor") -> Iterator[None]:
+    """Hold the whole of ZeRO-3 parameters on every rank; does nothing to unsharded ones."""
+    if not hasattr(parameters[0], "ds_id"):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters(list(parameters)):
         yield
 
 

@@ -11,6 +11,7 @@ from rl.store import RunFolder, evaluation_file, read_evaluations
 from rl.types import Completion, PairBatch
 
 WATCH_S = 1.0
+COUNTS = ("prompts", "completions", "tokens", "pairs", "ties", "identical", "unjudged", "abstentions", "too_long")
 PHASES = ("sampling", "judging", "reference")
 GALLERY_IMAGES = 64
 
@@ -48,7 +49,7 @@ class Journal:
 
     def updated(self, version: int, metrics: dict[str, float], batch: PairBatch) -> None:
         """The learner made `version` from `batch`: one row of metrics.jsonl."""
-        counts = {name: batch.counts.get(name, 0) for name in ("pairs", "ties", "identical", "unjudged", "abstentions")}
+        counts = dict.fromkeys(COUNTS, 0) | batch.counts
         seconds = {f"seconds_{name}": batch.seconds.get(name, 0.0) for name in PHASES}
         lengths = [len(one.token_ids) for pair in batch.pairs for one in pair.completions]
         judging = {f"judge_{name}": value for name, value in batch.judging.items()}
@@ -59,10 +60,9 @@ class Journal:
             **counts,
             **judging,
             **seconds,
-            "prompts": batch.counts.get("prompts", 0),
-            "mean_length": batch.counts.get("tokens", 0) / max(1, batch.counts.get("completions", 0)),
+            "mean_length": counts["tokens"] / max(1, counts["completions"]),
             "pair_length": sum(lengths) / max(1, len(lengths)),
-            "tokens_per_second": batch.counts.get("tokens", 0) / max(1e-9, batch.seconds.get("sampling", 0)),
+            "tokens_per_second": counts["tokens"] / max(1e-9, batch.seconds.get("sampling", 0)),
             "margin": sum(pair.margin for pair in batch.pairs) / len(batch.pairs),
             "time": self.age,
         }

@@ -6,9 +6,7 @@ bounds how far the sampling half may run ahead.
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,29 +14,33 @@ from cluster.connect import log_to_file
 from cluster.errors import DataError, JudgeError, RaylignError
 from cluster.memory import PeakMemory
 from rl.config import AlignConfig
-from rl.data import ShuffledStream, check_prompts
+from rl.data import check_prompts
 from rl.evaluation import Answer, BaseAnswer, measure
+from rl.extras import with_extras
 from rl.formats import Fault
 from rl.journal import Journal
 from rl.judges import Judge, JudgeContext
-from rl.pairs import PairSettings, UncertainPairs, check_references, make_pairs
+from rl.pairs import UncertainPairs
 from rl.policy import load_processor
 from rl.queue import BatchQueue
-from rl.reference import start_reference
+from rl.reference import Reference, start_reference
+from rl.regimes import IterativePairs, Tools, equip, make_regime, parts
 from rl.rollout import Rollouts, SamplingSettings, start_rollouts
 from rl.scoring import to_sequence
 from rl.store import RunFolder
 from rl.stored import OfflinePairs
-from rl.tables import Answers
-from rl.types import Pair, PairBatch
+from rl.types import ExtraRole, Pair, PairBatch, Prompt
 from rl.weights import Probe
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
+    from ray import ObjectRef
     from ray.actor import ActorHandle
+    from transformers import ProcessorMixin
 
 START_TIMEOUT_S = 900.0
 MAX_EMPTY_ROUNDS = 20
+OUTCOMES = ("ties", "identical", "abstentions", "unjudged", "too_long")
 
 
 class NoPairs(DataError):
@@ -59,93 +61,101 @@ class SamplingHalf:
         self.store = RunFolder(folder)
         self.journal = Journal(self.store)
         self.memory = PeakMemory()
-        self.queue = BatchQueue(capacity=config.loop.max_lag + 1, first_step=first_step)
-        uncertain = config.pairs.uncertain if isinstance(config.pairs, PairSettings) else None
+        self.parts = parts(config.pairs)
+        self.queue = BatchQueue(capacity=config.max_lag + 1, first_step=first_step)
+        uncertain = self.parts.sampled.uncertain if self.parts.sampled else None
         self.uncertain = UncertainPairs(uncertain) if uncertain else None
         self.keys = keys
         self.first_step = first_step
+        self.version = first_step - 1
+        """The newest policy version of the learner."""
         self.stopping = False
         self.refusal: RaylignError | None = None
+        self.reference: Reference | None = None
         self._broken: BaseException | None = None
         self._version = asyncio.Condition()
         self._ready_version = -1
-        self._engines = asyncio.Lock()
+        self._welcoming: asyncio.Task[None] | None = None
+        self._seen_roles: set[ExtraRole] = set()
+        self._round: tuple[int, list[Pair]] = (0, [])
+        """First step and pairs of the round that is learned from again."""
 
     async def run(self) -> None:
         """Make the pairs of every step until there are enough, or a stop is asked for."""
-        loop = self.config.loop
-        for step in range(self.first_step, loop.steps + 1):
-            await self._wait_for_version(max(0, step - 1 - loop.max_lag))
+        for step in range(self.first_step, self.config.loop.steps + 1):
+            await self._wait_for_version(self.config.sampled_from(step))
             if self.stopping:
                 break
             try:
-                batch = self.store.read_batch(step) or await self.make_batch(step)
+                if (batch := self.store.read_batch(step)) is None:
+                    batch = await self.make_batch(step)
+                elif self.reference:
+                    self.reference.remember(batch.pairs)
             except (JudgeError, NoPairs) as error:
-                self.store.write_spent(self.judge.spent)
+                self._keep_spent()
                 if step == 1:
                     raise
                 self.journal.warn(str(error))  # the learner finishes what there is
                 self.refusal = error
                 break
-            self.reference.remember(batch.pairs)
-            self.stream.position = batch.position
+            self.regime.stream.position = batch.position
             await self.queue.put(batch)
         await self.queue.close()
 
     async def make_batch(self, step: int) -> PairBatch:
-        """The pairs of a step, from where the config says, scored under the reference and stored."""
-        settings = self.config.pairs
-        if isinstance(settings, PairSettings):
-            batch = await self.sample_pairs(step, settings)
+        """The algorithm, one step of it: pairs from where the config says, scored under the reference and stored."""
+        self.tools.begin()
+        if (again := self.pairs_of_round(step)) is not None:
+            pairs = again
         else:
-            batch = await self.take_pairs(step)
+            pairs = await self.new_pairs(step)
+        if self.uncertain:
+            pairs = self.uncertain.mark(pairs)
+        if self.reference:
+            async with self.tools.phase("reference"):
+                pairs = await self.reference.score(pairs)
+        self._keep_spent()
+        counts, seconds = dict(self.tools.counts), self.tools.seconds
+        batch = PairBatch(step, tuple(pairs), self.regime.stream.position, counts, seconds, self.spent)
         self.store.write_batch(batch)
         return batch
 
-    async def take_pairs(self, step: int) -> PairBatch:
-        """Offline: stored pairs, in an order that the seed settles."""
-        timer = PhaseTimer()
-        async with timer.phase("reference"):
-            pairs = await self.reference.score(self.stream.take(self.config.loop.prompts_per_step))
-        return PairBatch(step, tuple(pairs), self.stream.position, {"pairs": len(pairs)}, timer.seconds)
-
-    async def sample_pairs(self, step: int, settings: PairSettings) -> PairBatch:
-        """Online, the algorithm, one step of it: prompts, rollouts, judge, pairs, reference."""
-        pairs: list[Pair] = []
-        counts: Counter[str] = Counter()
-        timer = PhaseTimer()
+    async def new_pairs(self, step: int) -> list[Pair]:
+        """Pairs of the regime, with what else the loss wants scored; further prompts are taken until there are any."""
         self.journal.note("startup", first_rollout=self.journal.age)
+        count, counts = self.config.loop.prompts_per_step, self.tools.counts
         for attempt in range(MAX_EMPTY_ROUNDS):
-            prompts = self.stream.take(self.config.loop.prompts_per_step)
-            async with self._engines, timer.phase("sampling"):
-                completions = await self.rollouts.generate(
-                    prompts, self.config.rollout.sampling, self._seed(step, attempt)
-                )
-            if settings.rule == "best_vs_reference":
-                answers = [Answers(prompt, tuple(group)) for prompt, group in zip(prompts, completions, strict=True)]
-                completions = [list(one.with_reference(self.processor).completions) for one in answers]
-            async with timer.phase("judging"):
-                judgements = await self.judge.grade(prompts, completions)
-            made, tally = make_pairs(prompts, completions, judgements, settings)
-            async with timer.phase("reference"):
-                pairs += await self.reference.score(made)
-            sampled = [one for group in completions for one in group]
-            counts.update(tally)
-            counts.update(
-                prompts=len(prompts), completions=len(sampled), tokens=sum(len(one.token_ids) for one in sampled)
-            )
-            if pairs:
-                break
-        else:
-            told = ", ".join(f"{counts[name]} {name}" for name in ("ties", "identical", "abstentions", "unjudged"))
-            raise NoPairs(
-                f"step {step}: {counts['prompts']} prompts in a row made no pair ({told}); lower pairs.margin, "
-                f"raise rollout.sampling.completions or temperature, or check the judge"
-            )
-        if self.uncertain:
-            pairs = self.uncertain.mark(pairs)
-        self.store.write_spent(self.judge.spent)
-        return PairBatch(step, tuple(pairs), self.stream.position, dict(counts), timer.seconds, self.judge.spent)
+            if pairs := await self.regime.pairs(count, self.tools, self._seed(step, attempt)):
+                roles = self.config.loss.extra_roles
+                length = self.config.policy.max_length
+                pairs = with_extras(pairs, roles, self.tools.samples, self.tools.processor, length)
+                self._warn_of_missing(roles, pairs)
+                return pairs
+        told = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in OUTCOMES if counts[name])
+        advice = "use pairs that differ, or raise policy.max_length"
+        if self.parts.sampled:
+            advice = "lower the margin, raise rollout.sampling.completions or temperature, or check the judge"
+        raise NoPairs(f"step {step}: {counts['prompts']} prompts in a row made no pair ({told}); {advice}")
+
+    def _warn_of_missing(self, roles: Collection[ExtraRole], pairs: Sequence[Pair]) -> None:
+        """Say once what a loss wants of the pairs and never finds."""
+        for role in roles:
+            if role not in self._seen_roles and not any(extra.role == role for pair in pairs for extra in pair.extras):
+                self.journal.warn(f"loss.kind {self.config.loss.kind}: no pair of this step has its `{role}` sequence")
+            self._seen_roles.add(role)
+
+    def pairs_of_round(self, step: int) -> list[Pair] | None:
+        """The pairs of a later epoch of a round, from those of its first; None in the first epoch, or elsewhere."""
+        settings = self.config.pairs
+        if not isinstance(settings, IterativePairs) or (first := settings.first_step_of(step)) is None:
+            return None
+        if self._round[0] != first:
+            steps = range(first, first + settings.steps_per_round)
+            batches = [self.store.read_batch(one) for one in steps]
+            self._round = first, [pair for batch in batches if batch for pair in batch.pairs]
+        pairs = settings.replayed(self._round[1], step, self.config.seed)
+        self.tools.counts.update(pairs=len(pairs), replayed=len(pairs))
+        return pairs
 
     # What the driver calls.
 
@@ -156,40 +166,79 @@ class SamplingHalf:
         """
         config = self.config
         before = self.store.read_batch(self.first_step - 1) if self.first_step > 1 else None
-        rollout, reference = config.rollout, config.reference
-        rollout_workers = start_rollouts(rollout, config.policy, self.model, config.weights.transfer, self.logs)
-        self.processor = await asyncio.to_thread(load_processor, self.model)
+        workers = self._start_engines()
+        processor = await asyncio.to_thread(load_processor, self.model)
         training, self.heldout = await asyncio.to_thread(config.data.load, config.seed, self.report)
-        if not self.heldout:
-            raise DataError("data: no prompt is held out to measure the policy on; set data.heldout_share above 0")
-        room = config.policy.max_length - max(rollout.sampling.max_tokens, config.loop.eval_max_tokens)
-        await asyncio.to_thread(check_prompts, [*training, *self.heldout], self.processor, room, rollout.max_images)
-        config.judge.check([*training, *self.heldout])
-        if isinstance(config.pairs, PairSettings):
-            check_references(training, config.pairs)
-        items: Sequence[Any] = training
-        if isinstance(config.pairs, OfflinePairs):
-            items = await asyncio.to_thread(
-                config.pairs.load, config.seed, self.processor, config.policy.max_length, self.heldout, self.report
-            )
-        self.stream: ShuffledStream[Any] = ShuffledStream(items, config.seed, before.position if before else 0)
+        stored = await asyncio.to_thread(self._load_stored, processor)
+        self._check(training, [pair.prompt for pair in stored], processor)
+        self.regime = make_regime(config.pairs, training, stored, config.seed)
+        self.regime.stream.position = before.position if before else 0
         self.journal.note("startup", prompts=self.journal.age)
-        self.rollouts = Rollouts(rollout_workers)
-        probed = training[: config.weights.probes]
-        greedy = SamplingSettings(completions=1, temperature=0, max_tokens=rollout.sampling.max_tokens)
-        answers = await asyncio.wait_for(self.rollouts.generate(probed, greedy, 0), START_TIMEOUT_S)
-        probes = [Probe(prompt, to_sequence(prompt, answer)) for prompt, (answer,) in zip(probed, answers, strict=True)]
-        self.journal.note("startup", rollout_workers=self.journal.age)
-        self.reference = start_reference(reference, config.policy, self.model, self.logs)
-        context = JudgeContext(self.logs, self.keys, self.reference.logps)
-        self.judge: Judge = config.judge.build(context)
-        self.judge.restore(self.store.read_spent())
+        self.rollouts = Rollouts(workers)
+        probes: list[Probe] = []
+        if workers:
+            probes = await self._make_probes(training)
+            self.journal.note("startup", rollout_workers=self.journal.age)
+        if (settings := config.reference_copy) is not None:
+            self.reference = start_reference(settings, config.policy, self.model, self.logs)
+            self.reference.remember(stored)
+        self.tools = self._make_tools(processor)
         if self.uncertain:
             for step in range(max(1, self.first_step - self.uncertain.window), self.first_step):
                 self.uncertain.observe(earlier.pairs if (earlier := self.store.read_batch(step)) else ())
-        if self.first_step == 1:  # the engines hold version 0 as they loaded it; the first publication proves it
+        if workers and self.first_step == 1:  # they hold version 0 as they loaded it; the first publication proves it
             self._welcoming = asyncio.create_task(self._welcome(0))
-        return rollout_workers, probes
+        if isinstance(config.pairs, IterativePairs) and (self.first_step - 1) % config.pairs.round_steps:
+            self.journal.warn(
+                f"resumed inside a round: what is left of it is sampled from policy version {self.first_step - 1}"
+            )
+        return workers, probes
+
+    def _start_engines(self) -> list["ActorHandle"]:
+        if not self.parts.needs_engines:
+            return []
+        config = self.config
+        return start_rollouts(
+            config.rollout, config.policy, self.model, config.weights.transfer, self.logs, self.parts.needs_blind
+        )
+
+    def _load_stored(self, processor: "ProcessorMixin") -> list[Pair]:
+        config = self.config
+        if (settings := self.parts.stored) is None:
+            return []
+        section = "pairs" if isinstance(config.pairs, OfflinePairs) else "pairs.stored"
+        return settings.load(section, config.seed, processor, config.policy.max_length, self.heldout, self.report)
+
+    def _check(self, training: Sequence[Prompt], of_stored: Sequence[Prompt], processor: "ProcessorMixin") -> None:
+        """Refuse prompts that could not be sampled, judged or measured on."""
+        config = self.config
+        if not self.parts.needs_engines:
+            return
+        if not self.heldout:
+            raise DataError("data: no prompt is held out to measure the policy on; set data.heldout_share above 0")
+        sampled = [*training, *of_stored]
+        room = config.policy.max_length - max(config.rollout.sampling.max_tokens, config.loop.eval_max_tokens)
+        check_prompts([*sampled, *self.heldout], processor, room, config.rollout.max_images)
+        config.judge.check([*(sampled if self.parts.sampled else ()), *self.heldout])
+
+    async def _make_probes(self, training: Sequence[Prompt]) -> list[Probe]:
+        probed = training[: self.config.weights.probes]
+        greedy = SamplingSettings(completions=1, temperature=0, max_tokens=self.config.rollout.sampling.max_tokens)
+        answers = await asyncio.wait_for(self.rollouts.generate(probed, greedy, 0), START_TIMEOUT_S)
+        return [Probe(prompt, to_sequence(prompt, answer)) for prompt, (answer,) in zip(probed, answers, strict=True)]
+
+    def _make_tools(self, processor: "ProcessorMixin") -> Tools:
+        config = self.config
+        judge: Judge | None = None
+        if self.parts.needs_engines:
+            logps = self.reference.logps if self.reference else None
+            judge = config.judge.build(JudgeContext(self.logs, self.keys, logps))
+            judge.restore(self.store.read_spent())
+        tools = Tools(
+            self.rollouts, judge, processor, config.rollout.sampling, config.policy.max_length, asyncio.Lock()
+        )
+        equip(tools, config.pairs, config.policy, self.model, self.logs)
+        return tools
 
     def report(self, faults: Sequence[Fault]) -> None:
         """List rows that cannot be used in bad-rows.jsonl, and say so."""
@@ -208,13 +257,14 @@ class SamplingHalf:
 
     async def finish(self) -> dict[str, Any]:
         """Evaluate the last version if that was not done yet; returns what the summary is made of."""
-        await self._welcoming
+        if self._welcoming:
+            await self._welcoming
         if self._broken is not None:
             raise self._broken
-        if self.journal.last_evaluated != self.rollouts.version:
+        if self.parts.needs_engines and self.journal.last_evaluated != self.rollouts.version:
             await self.evaluate(self.rollouts.version)
         return {
-            "version": self.rollouts.version,
+            "version": self.version,
             "startup": self.journal.startup,
             "peak_memory_bytes": self.memory.stop(),
             "refusal": self.refusal,
@@ -224,25 +274,47 @@ class SamplingHalf:
 
     async def batch(self, step: int) -> PairBatch | None:
         """The pairs of a step; None if there are no more. Every rank asks, and gets the same."""
+        if not self.parts.needs_engines:  # no version is published; by now a reference that changes is restored
+            await self._set_ready(self.config.loop.steps)
         return await self.queue.get(step)
 
     async def pause(self) -> None:
         """Returns when no engine is generating; none will until `published`."""
-        await self._engines.acquire()
+        await self.tools.lock.acquire()
 
     async def published(self, version: int, metrics: dict[str, float]) -> None:
         """The engines hold `version`, proven by the probe; sampling goes on, after an evaluation if one is due."""
         is_new = version != self.rollouts.version or self._ready_version < 0
         self.rollouts.version = version
-        self._engines.release()
+        self.tools.lock.release()
         self.journal.published(version, metrics)
         if is_new:
             self._welcoming = asyncio.create_task(self._welcome(version))
 
     async def updated(self, version: int, metrics: dict[str, float]) -> None:
         """The learner made `version` from the batch of the same number."""
-        batch = self.queue.last(version)
-        self.journal.updated(version, metrics, batch)
+        self.version = version
+        self.journal.updated(version, metrics, self.queue.last(version))
+
+    async def renew_reference(self, version: int, weights: "list[ObjectRef[Any]]", share: float) -> None:
+        """Move the reference by `share` towards policy `version`, whose weights come in chunks."""
+        assert self.reference is not None
+        await self.reference.renew(f"{self.reference.base}+{version}", weights, share)
+
+    async def renew_copy(self, weights: "list[ObjectRef[Any]]") -> None:
+        """Give the copies that write with masked attention the policy's weights, which come in chunks."""
+        assert self.tools.blind is not None
+        await self.tools.blind.load(weights)
+
+    async def reference_weights(self) -> "tuple[str, ObjectRef[Any]]":
+        """The reference's version and weights, for a checkpoint."""
+        assert self.reference is not None
+        return self.reference.version, self.reference.weights()
+
+    async def restore_reference(self, version: str, weights: "list[ObjectRef[Any]]") -> None:
+        """Put back the reference of a checkpoint."""
+        assert self.reference is not None
+        await self.reference.renew(version, weights, 1.0)
 
     # Inside.
 
@@ -250,26 +322,28 @@ class SamplingHalf:
         """Greedy answers to the held-out prompts, judged and measured against the base's."""
         started = time.perf_counter()
         greedy = SamplingSettings(completions=1, temperature=0, max_tokens=self.config.loop.eval_max_tokens)
-        async with self._engines:
+        async with self.tools.lock:
             sampled = [group[0] for group in await self.rollouts.generate(self.heldout, greedy, 0)]
+        judge = self.tools.judge
+        assert judge is not None
         base = self.journal.base_answers() if version else {}
         groups = [[one] for one in sampled]
-        if base and not self.judge.absolute:  # then the base's answers are judged again, beside the new ones
+        if base and not judge.absolute:  # then the base's answers are judged again, beside the new ones
             groups = [[one, base[one.prompt_id].completion] for one in sampled]
         try:
-            verdicts = await self.judge.grade(self.heldout, groups)
+            verdicts = await judge.grade(self.heldout, groups)
         except JudgeError as error:
             self.journal.warn(f"version {version} is not evaluated: {error}")
             return
         finally:
-            self.store.write_spent(self.judge.spent)
-        if version == 0 or not self.judge.absolute:
+            self._keep_spent()
+        if version == 0 or not judge.absolute:
             base = {g[-1].prompt_id: BaseAnswer(g[-1], v[-1].score) for g, v in zip(groups, verdicts, strict=True)}
         answers = [
             Answer(prompt, one, verdict[0])
             for prompt, one, verdict in zip(self.heldout, sampled, verdicts, strict=True)
         ]
-        metrics = measure(answers, base, self.judge.absolute)
+        metrics = measure(answers, base, judge.absolute)
         self.journal.evaluated(version, metrics, answers, time.perf_counter() - started)
 
     async def _welcome(self, version: int) -> None:
@@ -280,6 +354,9 @@ class SamplingHalf:
                 await self.evaluate(version)
         except BaseException as error:
             self._broken = error
+        await self._set_ready(version)
+
+    async def _set_ready(self, version: int) -> None:
         async with self._version:
             self._ready_version = version
             self._version.notify_all()
@@ -294,15 +371,11 @@ class SamplingHalf:
     def _seed(self, step: int, attempt: int) -> int:
         return (self.config.seed * 1_000_003 + step) * MAX_EMPTY_ROUNDS + attempt
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """What judging took so far."""
+        return self.tools.judge.spent if self.tools.judge else {}
 
-class PhaseTimer:
-    """Seconds spent in each named phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @asynccontextmanager
-    async def phase(self, name: str) -> AsyncIterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+    def _keep_spent(self) -> None:
+        if self.tools.judge:
+            self.store.write_spent(self.tools.judge.spent)

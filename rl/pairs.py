@@ -65,7 +65,7 @@ class PairSettings(Settings):
     length_penalty: float = Field(0.0, ge=0)
     """Points taken off a score per 100 tokens of the answer, against a judge that loves length."""
     uncertain: UncertainSettings | None = None
-    """Smooth the labels of the pairs with the smallest margins; `loss.kind` sigmoid only."""
+    """Smooth the labels of the pairs with the smallest margins; heeded by `loss.kind` sigmoid, cdpo, rpo and mpo."""
 
 
 def check_references(prompts: Sequence[Prompt], settings: PairSettings) -> None:
@@ -138,8 +138,8 @@ class UncertainPairs:
         self._margins: deque[list[float]] = deque(maxlen=settings.window)
 
     def observe(self, pairs: Sequence[Pair]) -> None:
-        """Take a step's margins into account."""
-        self._margins.append([pair.margin for pair in pairs])
+        """Take the margins of a step's sampled pairs into account."""
+        self._margins.append([pair.margin for pair in pairs if pair.source == "online"])
 
     def mark(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The step's pairs, observed, the uncertain ones with `label_noise` set."""
@@ -149,7 +149,10 @@ class UncertainPairs:
             return list(pairs)
         threshold = float(np.quantile(seen, self._settings.quantile))
         noise = self._settings.label_smoothing
-        return [replace(pair, label_noise=noise) if pair.margin <= threshold else pair for pair in pairs]
+        return [
+            replace(pair, label_noise=noise) if pair.source == "online" and pair.margin <= threshold else pair
+            for pair in pairs
+        ]
 
 
 class _Judged:

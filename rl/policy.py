@@ -10,26 +10,13 @@ from pydantic import Field
 
 from cluster.errors import DataError, first_line
 from cluster.settings import Settings
+from rl.adapters import LoraSettings, attach, is_adapted, plain_names
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
 Precision = Literal["float32", "bfloat16"]
-ADAPTER_NAME = "default"
-
-
-class LoraSettings(Settings):
-    """Low-rank adapters through PEFT instead of training all weights."""
-
-    rank: int = Field(16, ge=1)
-    """Rank of the adapters."""
-    alpha: int = Field(32, ge=1)
-    """Scale: the update is multiplied by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the adapters; 0 keeps the trainer equal to the sampler."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers of the language model that get an adapter."""
 
 
 class PolicySettings(Settings):
@@ -129,23 +116,19 @@ def adapt(model: "PreTrainedModel", settings: PolicySettings) -> "torch.nn.Modul
         model.enable_input_require_grads()
     if settings.lora is None:
         return model
-    from peft import LoraConfig, get_peft_model
-
-    inside_language_model = rf".*language_model.*\.({'|'.join(settings.lora.target_modules)})"
-    has_tower = takes_images(model.config)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=settings.lora.rank,
-            lora_alpha=settings.lora.alpha,
-            lora_dropout=settings.lora.dropout,
-            target_modules=inside_language_model if has_tower else list(settings.lora.target_modules),
-        ),
-    )
+    modules = settings.lora.target_modules
+    inside_language_model = rf".*language_model.*\.({'|'.join(modules)})"
+    return attach(model, settings.lora, inside_language_model if takes_images(model.config) else list(modules))
 
 
-def public_names(model: "PreTrainedModel") -> dict[str, str]:
-    """Map each in-memory parameter name to the name in public checkpoints, which vLLM expects too.
+def plain_model(model: "torch.nn.Module") -> "PreTrainedModel":
+    """The transformers model itself, below any adapters."""
+    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
+
+
+def public_names(model: "torch.nn.Module") -> dict[str, str]:
+    """Map each in-memory parameter name to the name in public checkpoints, which vLLM expects too. Of an adapted
+    model, those of the model below the adapters.
 
     transformers 5 renames modules on load and, when it saves, undoes most but not all of it: a CLIP tower
     loses its `vision_model` level. This is the one place that knows.
@@ -153,9 +136,10 @@ def public_names(model: "PreTrainedModel") -> dict[str, str]:
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
+    base = plain_model(model)
     saved_names = {}
-    for name in model.state_dict():
-        (saved,) = revert_weight_conversion(model, {name: torch.empty(0)})
+    for name in plain_names(model):
+        (saved,) = revert_weight_conversion(base, {name: torch.empty(0)})
         saved_names[name] = saved
     return {name: _restore_tower_level(saved) for name, saved in saved_names.items()}
 

@@ -5,7 +5,8 @@ Keys of quality.json: `prompts`, `completions`, `pairs`, `ties`, `identical`, `u
 `order_consistency` and `disagreement_rate` where they were counted); `attributes` (of each its mean and how often each
 grade was given); `correlations` (Pearson, between attributes); `margins` (histogram); `length` (tokens: `chosen`,
 `rejected`, `chosen_longer` as a rate, `margin_correlation` between difference of length and margin); `duplicates`;
-`sources` (prompts and pairs per data set).
+`sources` (prompts and pairs per data set); `similar` (with BDHS: share of the answers that were still like the ground
+truth after each try).
 """
 
 import base64
@@ -20,6 +21,7 @@ import numpy as np
 from rl.annotate import totals
 from rl.charts import bar_chart, render_page
 from rl.store import RunFolder
+from rl.summary import similar_shares
 from rl.tables import Answers
 from rl.types import Attributes, Pair
 
@@ -63,6 +65,7 @@ def quality(counts: dict[str, Any], answers: Sequence[Answers], pairs: Sequence[
             "pairs": len(pairs) - len({(p.prompt.id, *(one.text for one in p.completions)) for p in pairs}),
         },
         "sources": _sources(answers, pairs),
+        "similar": similar_shares([counts]),
     }
 
 

@@ -1,25 +1,32 @@
 """The reference: a frozen copy of the starting model whose log-probs the loss compares with."""
 
 import asyncio
-import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from cluster.connect import ActorResources, log_to_file
 from cluster.settings import LocalPath, Settings
 from rl.batching import plan_microbatches
 from rl.engine import prepare_worker
+from rl.extras import sequences
 from rl.policy import PolicySettings, resolve_model
 from rl.rollout import CALL_TIMEOUT_S
 from rl.scoring import ScoredSequence, to_sequence
 from rl.types import Completion, Pair, PairValues, Prompt
 
 if TYPE_CHECKING:
+    import torch
+    from ray import ObjectRef
     from ray.actor import ActorHandle
+
+
+ReferenceUpdate = Literal["fixed", "round", "average"]
+BASE_OF_ADAPTER: Final = "base-of-adapter"
 
 
 class ReferenceSettings(Settings):
@@ -27,12 +34,25 @@ class ReferenceSettings(Settings):
 
     model: LocalPath | None = None
     """Model folder or hub id, with the policy's tokenizer; left out, what the policy starts from."""
+    update: ReferenceUpdate = "fixed"
+    """`fixed`; `round`: the policy at the end of each round becomes the reference of the next (pairs.kind iterative);
+    `average`: every `every` steps it moves by `share` towards the policy (TR-DPO, arXiv 2404.09656)."""
+    every: int = Field(512, ge=1)
+    """Steps between two moves of `average`."""
+    share: float = Field(0.6, gt=0, le=1)
+    """How far `average` moves; 1 makes the policy the reference."""
     workers: int = Field(1, ge=1)
     """Copies of the reference; they share the sequences."""
     resources: ActorResources = ActorResources(cpus=0.25, threads=2)
     """Of one copy."""
     tokens_per_batch: int = Field(8192, ge=1)
     """Padded tokens in one forward pass."""
+
+
+ReferenceChoice = Annotated[
+    Annotated[ReferenceSettings, Tag("workers")] | Annotated[Literal["base-of-adapter"], Tag("learner")],
+    Discriminator(lambda choice: "learner" if isinstance(choice, str) else "workers"),
+]
 
 
 class ReferenceWorker:
@@ -50,49 +70,95 @@ class ReferenceWorker:
         self._processor = load_processor(model)
         self._model = load_model(model, policy.precision).to(self._device).requires_grad_(False)
 
-    def score(self, sequences: Sequence[ScoredSequence]) -> list[float]:
-        """Summed log-prob of each completion, in nats."""
+    def score(self, sequences: Sequence[ScoredSequence]) -> list[tuple[float, ...]]:
+        """The log-prob of each token of each completion, in nats."""
         import torch
 
         from rl.scoring import collate, token_logps
 
-        sums = [0.0] * len(sequences)
+        scores: list[tuple[float, ...]] = [()] * len(sequences)
         (passes,) = plan_microbatches([len(s) for s in sequences], 1, self._settings.tokens_per_batch)
         with torch.inference_mode():
             for indices in passes:
                 batch = collate([sequences[i] for i in indices], self._processor, run_vision=False)
-                totals = token_logps(self._model, batch, self._device).sum(-1)
-                for index, total in zip(indices, totals.tolist(), strict=True):
-                    sums[index] = total
-        return sums
+                logps = token_logps(self._model, batch, self._device).tolist()
+                for index, row in zip(indices, logps, strict=True):
+                    scores[index] = tuple(row[sequences[index].span])
+        return scores
+
+    def renew(self, weights: Mapping[str, "torch.Tensor"], share: float) -> None:
+        """Move the weights by `share` of the way to those of the policy, given by their in-memory names."""
+        import torch
+
+        own = dict(self._model.named_parameters())  # a tied weight is there once, and moves once
+        with torch.no_grad():
+            for name in own.keys() & weights.keys():
+                own[name].lerp_(weights[name].to(own[name]), share)
+
+    def weights(self) -> dict[str, "torch.Tensor"]:
+        """All weights by their in-memory names, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self._model.state_dict().items()}
 
 
 class Reference:
-    """Scores pairs through the reference workers, never the same tokens twice."""
+    """Scores pairs through the reference workers, never the same tokens twice. Without workers, the learner does."""
 
     def __init__(self, workers: Sequence["ActorHandle"], version: str):
         self._workers = list(workers)
+        self.base = version
+        """What the workers were started with."""
         self._version = version
-        self._known: dict[str, float] = {}
+        self._known: dict[str, tuple[float, ...]] = {}
+        self._resting = asyncio.Lock()
+
+    @property
+    def version(self) -> str:
+        """Which weights the workers hold."""
+        return self._version
 
     def remember(self, pairs: Iterable[Pair]) -> None:
         """Take over scores that the run folder already has for this reference version."""
         for pair in pairs:
             if pair.reference_version == self._version and pair.reference_logps is not None:
-                for completion, logp in zip(pair.completions, pair.reference_logps, strict=True):
-                    self._known[self._key(to_sequence(pair.prompt, completion))] = logp
+                known = [*pair.reference_logps, *(extra.reference_logps for extra in pair.extras)]
+                for sequence, logps in zip(sequences(pair), known, strict=True):
+                    if logps is not None:
+                        self._known[self._key(sequence)] = logps
 
     async def score(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """The pairs with `reference_logps` filled in."""
-        logps = await self.logps([(pair.prompt, one) for pair in pairs for one in pair.completions])
+        """The pairs with `reference_logps` filled in, their own and those of their extras."""
+        async with self._resting:
+            scores = iter(await self._score([sequence for pair in pairs for sequence in sequences(pair)]))
         return [
-            dataclasses.replace(pair, reference_logps=PairValues(chosen, rejected), reference_version=self._version)
-            for pair, chosen, rejected in zip(pairs, logps[::2], logps[1::2], strict=True)
+            replace(
+                pair,
+                reference_logps=PairValues(next(scores), next(scores)),
+                reference_version=self._version,
+                extras=tuple(extra._replace(reference_logps=next(scores)) for extra in pair.extras),
+            )
+            for pair in pairs
         ]
 
     async def logps(self, completions: Sequence[tuple[Prompt, Completion]]) -> list[float]:
         """The summed log-prob of each completion under the reference, in nats."""
-        sequences = [to_sequence(prompt, completion) for prompt, completion in completions]
+        async with self._resting:
+            return list(map(sum, await self._score([to_sequence(prompt, one) for prompt, one in completions])))
+
+    async def renew(self, version: str, weights: Sequence["ObjectRef[Any]"], share: float) -> None:
+        """Move every worker by `share` of the way to the policy's weights, given in chunks; none scores meanwhile."""
+        async with self._resting:
+            for chunk in weights:
+                calls = [worker.renew.remote(chunk, share) for worker in self._workers]
+                await asyncio.wait_for(asyncio.gather(*calls), CALL_TIMEOUT_S)
+            self._version = version
+            self._known.clear()
+
+    def weights(self) -> "ObjectRef[Any]":
+        """What the workers hold, for a checkpoint: a dictionary in the object store."""
+        reference: ObjectRef[Any] = self._workers[0].weights.remote()
+        return reference
+
+    async def _score(self, sequences: Sequence[ScoredSequence]) -> list[tuple[float, ...]]:
         keys = [self._key(sequence) for sequence in sequences]
         missing = [index for index, key in enumerate(keys) if key not in self._known]
         shares = [missing[index :: len(self._workers)] for index in range(len(self._workers))]
@@ -101,10 +167,10 @@ class Reference:
             for worker, share in zip(self._workers, shares, strict=True)
             if share
         ]
-        for share, sums in zip(
+        for share, scores in zip(
             filter(None, shares), await asyncio.wait_for(asyncio.gather(*calls), CALL_TIMEOUT_S), strict=True
         ):
-            self._known.update((keys[index], logp) for index, logp in zip(share, sums, strict=True))
+            self._known.update((keys[index], logps) for index, logps in zip(share, scores, strict=True))
         return [self._known[key] for key in keys]
 
     def _key(self, sequence: ScoredSequence) -> str:

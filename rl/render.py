@@ -44,14 +44,27 @@ def expanded_length(prompt: Prompt, processor: "ProcessorMixin") -> int:
     return plain + sum(count - 1 for count in image_token_counts(prompt, processor))
 
 
+def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
+    """The prompt with a line behind the last user message."""
+    *before, last = prompt.messages
+    content = [*last["content"], {"type": "text", "text": f"\n{suffix}"}]
+    messages = [*before, {**last, "content": content}]
+    return Prompt.make(messages, prompt.images, prompt.reference_answer, prompt.truth, prompt.id, prompt.source)
+
+
+def answer_token_ids(text: str, processor: "ProcessorMixin") -> tuple[int, ...]:
+    """The tokens of an answer, or of its beginning, that follow those of the prompt."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def written_completion(prompt: Prompt, text: str, processor: "ProcessorMixin") -> Completion:
     """An answer that nobody sampled, as tokens closed by the end-of-turn token; it has no sampler log-probs."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
     return Completion(
         prompt_id=prompt.id,
         prompt_token_ids=prompt_token_ids(prompt, processor, expand_images=True),
-        token_ids=(*ids, tokenizer.eos_token_id),
+        token_ids=(*answer_token_ids(text, processor), tokenizer.eos_token_id),
         text=text,
         logps=(),
         policy_version=0,

@@ -3,7 +3,7 @@
 import base64
 from typing import Any
 
-from rl.charts import line_chart, render_page
+from rl.charts import bar_chart, line_chart, render_page
 from rl.store import RunFolder, read_evaluations
 from rl.summary import describe_judging
 
@@ -72,6 +72,10 @@ def write_report(folder: RunFolder) -> None:
     charts = [line_chart(title, label, rows, "step", lines) for title, label, lines in STEP_CHARTS]
     points = [{"version": one["version"], **one["metrics"]} for one in evaluations]
     charts = [line_chart(title, label, points, "version", lines) for title, label, lines in EVALUATION_CHARTS] + charts
+    lags, similar = summary["lags"], enumerate(summary["similar"], start=1)
+    charts.append(bar_chart("Age of the pairs", "versions behind the learner", "pairs", {"pairs": lags}))
+    shares = {f"try {number}": share for number, share in similar}
+    charts.append(bar_chart("Answers still like the given one", "", "share", {"similar": shares} if shares else {}))
     page = render_page(
         "report.html.j2",
         name=folder.address.rstrip("/").rpartition("/")[2],

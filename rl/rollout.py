@@ -4,26 +4,31 @@ import asyncio
 import hashlib
 import itertools
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
 from cluster.connect import ActorResources, cpu_engine_variables, log_to_file
 from cluster.errors import WeightSyncError
 from cluster.settings import Settings
+from rl.adapters import ENGINE_RANKS
+from rl.embeddings import accept_any_length, embed_views
 from rl.policy import PolicySettings
-from rl.render import prompt_token_ids
+from rl.render import answer_token_ids, prompt_token_ids
+from rl.sight import Continuation, Sight, views
 from rl.types import Completion, Prompt
 from rl.weights import TransferBackend
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
     from ray.actor import ActorHandle
 
 CALL_TIMEOUT_S = 1800.0
+
+T = TypeVar("T")
 
 
 class SamplingSettings(Settings):
@@ -62,7 +67,13 @@ class RolloutWorker:
     """One vLLM engine, inside the actor's own process. Used as a Ray actor."""
 
     def __init__(
-        self, settings: RolloutSettings, policy: PolicySettings, model: str, backend: TransferBackend, log: str
+        self,
+        settings: RolloutSettings,
+        policy: PolicySettings,
+        model: str,
+        backend: TransferBackend,
+        log: str,
+        blind: bool = False,
     ):
         log_to_file(Path(log))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -78,10 +89,10 @@ class RolloutWorker:
         self._adapter: Any = None
         self._adapter_folder = tempfile.TemporaryDirectory(prefix="raylign-adapter-")
         adapters: dict[str, Any] = {}
-        if policy.lora:
+        if policy.lora and (published := policy.lora.published_rank) is not None:
             adapters = {
                 "enable_lora": True,
-                "max_lora_rank": max(8, policy.lora.rank),
+                "max_lora_rank": next(rank for rank in ENGINE_RANKS if rank >= published),
                 "max_loras": 1,
                 # Left open, vLLM wraps the language head too, and then cannot give prompt log-probs on a CPU.
                 "lora_target_modules": list(policy.lora.target_modules),
@@ -99,12 +110,15 @@ class RolloutWorker:
             # vLLM rewinds the generator of a seeded request whose prompt was cut; a CPU generator cannot.
             enable_chunked_prefill=not on_cpu,
             limit_mm_per_prompt={"image": settings.max_images} if self._takes_images else None,
+            enable_mm_embeds=blind and self._takes_images,
             weight_transfer_config=transfer_config(backend),
             disable_log_stats=True,
             seed=0,
             **adapters,
         )
         self._banned = placeholder_tokens(self._engine.llm_engine.model_config.hf_config)
+        if blind and self._takes_images:
+            self._engine.apply_model(accept_any_length)
 
     @property
     def _takes_images(self) -> bool:
@@ -127,7 +141,7 @@ class RolloutWorker:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_tokens,
-                seed=_seed(seed, prompt.id) if sampling.temperature > 0 else None,
+                seed=request_seed(seed, prompt.id) if sampling.temperature > 0 else None,
                 logprobs=0,
                 logit_bias=dict.fromkeys(self._banned, -100.0) or None,
             )
@@ -157,6 +171,61 @@ class RolloutWorker:
             scores.append([position[token].logprob for token, position in zip(token_ids, positions, strict=True)])
         return scores
 
+    def go_on(self, requests: Sequence[Continuation], sampling: SamplingSettings, seed: int) -> list[str]:
+        """Write each answer on from its prefix, one continuation each, with hidden image embeddings left out.
+
+        What follows an embedding that is left out moves up to its place; an image that is hidden altogether leaves
+        no trace. Needs an engine started with `blind`. The texts come without the prefix and without outer space.
+        """
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                seed=request_seed(seed, request.id) if sampling.temperature > 0 else None,
+                stop=["."] if request.to_sentence_end else None,
+                include_stop_str_in_output=True,
+                logit_bias=dict.fromkeys(self._banned, -100.0) or None,
+            )
+            for request in requests
+        ]
+        inputs = self._sighted_requests(
+            [
+                (request.prompt, request.sight, answer_token_ids(request.prefix.rstrip(), self._processor))
+                for request in requests
+            ]
+        )
+        outputs = self._engine.generate(inputs, parameters, use_tqdm=False, lora_request=self._adapter)
+        return [output.outputs[0].text.strip() for output in outputs]
+
+    def distort(
+        self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]], noise: int, seed: int
+    ) -> list[tuple[int, ...]]:
+        """At each place of an answer, the token the engine likes best there when it sees only a noised image.
+
+        Teacher forcing as in POVID (arXiv 2402.11411). Where that token would be an image placeholder or another
+        special token, save the end of the turn, the answer keeps its own; so does its last place. The answers are
+        completion tokens with their end-of-turn token. Needs an engine started with `blind`.
+        """
+        from vllm import SamplingParams
+
+        tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        refused = {*tokenizer.all_special_ids, *self._banned} - {tokenizer.eos_token_id}
+        inputs = self._sighted_requests(
+            [
+                (prompt, Sight(request_seed(seed, prompt.id), threshold=0, noise=noise), answer)
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+        )
+        parameters = SamplingParams(max_tokens=1, prompt_logprobs=1)
+        outputs = self._engine.generate(inputs, parameters, use_tqdm=False, lora_request=self._adapter)
+        return [
+            _likeliest(answer, output.prompt_logprobs[-len(answer) :], refused)
+            for answer, output in zip(answers, outputs, strict=True)
+        ]
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._engine.collective_rpc("init_weight_transfer_engine", args=(init_info,))
 
@@ -170,18 +239,18 @@ class RolloutWorker:
         self._engine.collective_rpc("finish_weight_update")
         self._reset_caches()
 
-    def load_adapter(self, version: int, weights: bytes, config: str) -> None:
-        """Take a PEFT adapter (safetensors bytes and its config as JSON) in place of the one before."""
+    def load_adapter(self, weights: bytes, config: str) -> None:
+        """Take a PEFT adapter (safetensors bytes and its config as JSON) in place of the one before.
+
+        Only this call reloads it: a request that asked for `load_inplace` would, at every step of the engine.
+        """
         from vllm.lora.request import LoRARequest
 
-        folder = Path(self._adapter_folder.name) / str(version)
-        folder.mkdir(exist_ok=True)
+        folder = Path(self._adapter_folder.name)
         (folder / "adapter_model.safetensors").write_bytes(weights)
         (folder / "adapter_config.json").write_text(config)
-        if self._adapter is not None:
-            self._engine.llm_engine.remove_lora(self._adapter.lora_int_id)
-            shutil.rmtree(self._adapter.lora_path, ignore_errors=True)
-        self._adapter = LoRARequest(f"policy-{version}", version + 1, str(folder))
+        self._engine.llm_engine.add_lora(LoRARequest("policy", 1, str(folder), load_inplace=True))
+        self._adapter = LoRARequest("policy", 1, str(folder))
         self._reset_caches()
 
     def _reset_caches(self) -> None:
@@ -205,6 +274,28 @@ class RolloutWorker:
             request["multi_modal_data"] = {"image": [image.open() for image in prompt.images]}
         return request
 
+    def _sighted_requests(self, sequences: Sequence[tuple[Prompt, Sight, Sequence[int]]]) -> list[dict[str, Any]]:
+        """Prompts, each with the beginning of its answer, that show the engine what the sight beside them lets through.
+
+        vLLM keys its caches by the content of embeddings, so two sights of one image do not meet there.
+        """
+        wanted = dict.fromkeys(view for prompt, sight, _ in sequences for view in views(prompt, sight))
+        embeddings = embed_views(self._engine, list(wanted), self._processor)
+        requests = []
+        for prompt, sight, beginning in sequences:
+            shown = [
+                embeddings[view][sight.visible(len(embeddings[view]), index)]
+                for index, view in enumerate(views(prompt, sight))
+            ]
+            placeholder_stays = iter([len(part) > 0 for part in shown])
+            ids = prompt_token_ids(prompt, self._processor, expand_images=False)
+            ids = tuple(token for token in ids if token not in self._banned or next(placeholder_stays))
+            request: dict[str, Any] = {"prompt_token_ids": [*ids, *beginning]}
+            if any(map(len, shown)):
+                request["multi_modal_data"] = {"image": [part for part in shown if len(part)]}
+            requests.append(request)
+        return requests
+
 
 class Rollouts:
     """All rollout workers; prompts are shared out and answers come back in the prompts' order."""
@@ -218,25 +309,54 @@ class Rollouts:
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int
     ) -> list[list[Completion]]:
         """Completions of each prompt, in the order of `prompts`."""
-        shares = [prompts[index :: len(self.workers)] for index in range(len(self.workers))]
-        calls = [
-            worker.generate.remote(share, sampling, seed, self.version)
-            for worker, share in zip(self.workers, shares, strict=True)
-            if share
-        ]
-        answered = await asyncio.wait_for(asyncio.gather(*calls), CALL_TIMEOUT_S)
-        return _interleave(answered)
+        return await _share_out(
+            self.workers, prompts, lambda worker, share: worker.generate.remote(share, sampling, seed, self.version)
+        )
+
+    async def distort(
+        self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]], noise: int, seed: int
+    ) -> list[tuple[int, ...]]:
+        """The likeliest token at each place of each answer under a noised image; see `RolloutWorker.distort`."""
+        return await _share_out(
+            self.workers,
+            list(zip(prompts, answers, strict=True)),
+            lambda worker, share: worker.distort.remote(*zip(*share, strict=True), noise, seed),
+        )
+
+
+class Blind:
+    """Workers that write under restricted sight: rollout workers started with `blind`, or masked workers."""
+
+    def __init__(self, workers: Sequence["ActorHandle"]):
+        self.workers = list(workers)
+
+    async def load(self, weights: "Sequence[ObjectRef[Any]]") -> None:
+        """Give masked workers new weights, in chunks by in-memory names."""
+        for chunk in weights:
+            calls = [worker.load.remote(chunk) for worker in self.workers]
+            await asyncio.wait_for(asyncio.gather(*calls), CALL_TIMEOUT_S)
+
+    async def go_on(self, requests: Sequence[Continuation], sampling: SamplingSettings, seed: int) -> list[str]:
+        """The continuation of each request, in the order of `requests`."""
+        return await _share_out(
+            self.workers, requests, lambda worker, share: worker.go_on.remote(share, sampling, seed)
+        )
 
 
 def start_rollouts(
-    settings: RolloutSettings, policy: PolicySettings, model: str, backend: TransferBackend, logs: Path
+    settings: RolloutSettings,
+    policy: PolicySettings,
+    model: str,
+    backend: TransferBackend,
+    logs: Path,
+    blind: bool = False,
 ) -> list["ActorHandle"]:
-    """Start the engines; `logs` is a local folder."""
+    """Start the engines; `logs` is a local folder. With `blind` they can also write under restricted sight."""
     import ray
 
     actor: Any = ray.remote(RolloutWorker).options(num_cpus=settings.resources.cpus, num_gpus=settings.resources.gpus)
     return [
-        actor.remote(settings, policy, model, backend, str(logs / f"rollout-{index}.log"))
+        actor.remote(settings, policy, model, backend, str(logs / f"rollout-{index}.log"), blind)
         for index in range(settings.workers)
     ]
 
@@ -260,8 +380,25 @@ def _completion(prompt: Prompt, prompt_ids: Iterable[int], sample: Any, version:
     )
 
 
-def _seed(seed: int, prompt_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()[:4], "big")
+def request_seed(seed: int, request_id: str) -> int:
+    """A seed of one request's own, so that its answer does not depend on what it is batched with."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{request_id}".encode()).digest()[:4], "big")
+
+
+def _likeliest(answer: Sequence[int], positions: Sequence[Any], refused: Container[int]) -> tuple[int, ...]:
+    """The likeliest token at each position, except that `refused` ones and the last leave the answer as it is."""
+    best = [max(position, key=lambda token: position[token].logprob) for position in positions]
+    kept = [own if token in refused else token for own, token in zip(answer, best, strict=True)]
+    return (*kept[:-1], answer[-1])
+
+
+async def _share_out(
+    workers: Sequence["ActorHandle"], items: Sequence[T], call: "Callable[[ActorHandle, Sequence[T]], Awaitable[Any]]"
+) -> list[Any]:
+    """Give every worker its share of the items; the results come back in the items' order."""
+    shares = [items[index :: len(workers)] for index in range(len(workers))]
+    calls = [call(worker, share) for worker, share in zip(workers, shares, strict=True) if share]
+    return _interleave(await asyncio.wait_for(asyncio.gather(*calls), CALL_TIMEOUT_S))
 
 
 def _interleave(shares: Sequence[Sequence[Any]]) -> list[Any]:

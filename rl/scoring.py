@@ -26,6 +26,11 @@ class ScoredSequence:
     def __len__(self) -> int:
         return len(self.prompt_token_ids) + len(self.token_ids)
 
+    @property
+    def span(self) -> slice:
+        """Where the completion's tokens lie in a row of `token_logps`."""
+        return slice(len(self.prompt_token_ids) - 1, len(self) - 1)
+
 
 def to_sequence(prompt: Prompt, completion: Completion) -> ScoredSequence:
     """A completion as tokens to score, exactly those the engine saw and sampled."""
@@ -68,12 +73,23 @@ def collate(sequences: Sequence[ScoredSequence], processor: "ProcessorMixin", ru
     return Batch(input_ids, attention_mask, labels, images, fillers)
 
 
-def token_logps(model: "torch.nn.Module", batch: Batch, device: "torch.device") -> "Tensor":
-    """Log-prob of every completion token given all before it and the images; 0 at other positions.
+class TokenScores(NamedTuple):
+    """Of every completion token given all before it and the images; 0 at other positions. [batch, length - 1] in
+    float32, position t about the token at t + 1."""
 
-    Returns [batch - fillers, length - 1] in float32; position t holds the token at t + 1. Only positions
-    that predict a completion token pass through the language head.
-    """
+    logps: "Tensor"
+    collision: "Tensor | None"
+    """log sum_v p(v)^2: the log-probability that two draws from the policy agree there."""
+
+
+def token_logps(model: "torch.nn.Module", batch: Batch, device: "torch.device") -> "Tensor":
+    """See `TokenScores.logps`."""
+    return token_scores(model, batch, device, with_collision=False).logps
+
+
+def token_scores(model: "torch.nn.Module", batch: Batch, device: "torch.device", with_collision: bool) -> TokenScores:
+    """Scores of every completion token, fillers left out. Only positions that predict one pass through the language
+    head."""
     from torch.nn import functional as F
 
     images = {name: value.to(device) for name, value in batch.images.items()}
@@ -89,11 +105,22 @@ def token_logps(model: "torch.nn.Module", batch: Batch, device: "torch.device") 
         **images,
     ).logits[:, :-1]
     mask = labels != IGNORED
-    kept = F.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, first:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    rows = len(labels) - batch.fillers
+    distribution = F.log_softmax(logits.float(), dim=-1)
+    kept = distribution.gather(-1, labels[:, first:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
     logps = F.pad(kept, (first, 0)) * mask
-    rows = len(logps) - batch.fillers
     anchor = logps[rows:].sum() * 0  # keeps the filler's graph, so that backward runs the tower too
-    return logps[:rows] + anchor
+    if not with_collision:
+        return TokenScores(logps[:rows] + anchor, None)
+    collision = F.pad((2 * distribution.detach()).logsumexp(-1), (first, 0)) * mask
+    return TokenScores(logps[:rows] + anchor, collision[:rows])
+
+
+def by_completion(values: "Tensor", sequences: Sequence[ScoredSequence]) -> "Tensor":
+    """Rows of `TokenScores` cut to their completions and padded with 0: [sequences, longest completion]."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    return pad_sequence([row[one.span] for row, one in zip(values, sequences, strict=True)], batch_first=True)
 
 
 def _pad_id(processor: "ProcessorMixin") -> int:

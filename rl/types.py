@@ -14,7 +14,13 @@ Message = dict[str, Any]
 T = TypeVar("T")
 WRITTEN = "written"
 """`finish_reason` of a completion that nobody sampled, such as a reference answer."""
-Source = Literal["online", "offline"]
+Source = Literal["online", "offline", "bdhs", "povid", "constructed"]
+MADE_BY_POLICY: tuple[Source, ...] = ("online", "bdhs", "povid")
+"""Sources whose pairs age as the policy learns."""
+ExtraRole = Literal["corrupted", "mismatched", "sample", "judged"]
+"""What a further sequence beside a pair is: the chosen completion under a corrupted image (mDPO), another pair's chosen
+completion behind this prompt (KTO), a further sample of the policy (D2O), the rejected completion behind prompt and
+judgement (CUT)."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,14 @@ class PairValues(NamedTuple, Generic[T]):
     rejected: T
 
 
+class Extra(NamedTuple):
+    """A further sequence that some losses score beside a pair; its completion has prompt tokens of its own."""
+
+    role: ExtraRole
+    completion: Completion
+    reference_logps: tuple[float, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two completions of one prompt, the first preferred."""
@@ -114,11 +128,14 @@ class Pair:
     margin: float
     source: Source
     policy_version: int
-    reference_logps: PairValues[float] | None = None
-    """Summed log-probs under the reference, in nats; None until the reference has scored the pair."""
+    reference_logps: PairValues[tuple[float, ...]] | None = None
+    """Log-prob of each token under the reference, in nats; None until the reference has scored the pair."""
     reference_version: str = ""
     label_noise: float = 0.0
     """Assumed probability that the order is wrong."""
+    weight: float = 1.0
+    """What the pair counts in the loss of its step, relative to the others."""
+    extras: tuple[Extra, ...] = ()
 
 
 @dataclass(frozen=True)

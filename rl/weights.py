@@ -1,28 +1,30 @@
 """Publishing: new weights to every sampling engine, then proof that each holds them.
 
 Full weights travel over vLLM's weight-transfer interface, through its NCCL engine or through Ray's object store.
-Adapters are small: they go as one object, and the engine loads them as a new LoRA.
+Adapters are small: they go as one object, and the engine loads them in place of those before.
 """
 
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from cluster.connect import free_port
 from cluster.errors import WeightSyncError
 from cluster.settings import Settings
-from rl.engine import TrainEngine
-from rl.policy import check_public_names, public_names, save_checkpoint
+from rl.adapters import ADAPTER, LoraSettings, adapted_layers, is_adapted, merged, plain_lora, plain_names
+from rl.engine import TrainEngine, gathered
+from rl.policy import check_public_names, plain_model, public_names, save_checkpoint
 from rl.scoring import ScoredSequence, collate, token_logps
 from rl.types import Prompt
 
 if TYPE_CHECKING:
     import torch
     from ray.actor import ActorHandle
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import ProcessorMixin
     from vllm.distributed.weight_transfer.base import ParamMeta
 
 TransferBackend = Literal["object_store", "nccl"]
@@ -56,6 +58,7 @@ class Publisher:
     def __init__(
         self,
         settings: WeightSettings,
+        lora: LoraSettings | None,
         model: "torch.nn.Module",
         checkpoint_names: Sequence[str],
         processor: "ProcessorMixin",
@@ -72,16 +75,8 @@ class Publisher:
         self._workers = list(workers)
         self._rank = rank
         self._processor = processor
-        self._model = model
-        self._send: Callable[[int], None] = self._send_adapter
-        if not hasattr(model, "peft_config"):
-            base = cast("PreTrainedModel", model)
-            names = public_names(base)
-            tied = ["lm_head.weight"] if base.config.tie_word_embeddings else []
-            check_public_names(names, checkpoint_names, tied)
-            client = RolloutClient(self._workers, ranks_per_worker)
-            sender = SENDERS[settings.transfer](names, base.state_dict(), client, rank)
-            self._send = lambda version: sender.send(self._engine)
+        client = RolloutClient(self._workers, ranks_per_worker)
+        self._sender = make_sender(settings.transfer, lora, model, checkpoint_names, client, rank)
 
     def connect(self, engine: TrainEngine) -> None:
         """Take the trainer's engine, which exists only after the model's names and shapes were read."""
@@ -95,23 +90,11 @@ class Publisher:
         Raises:
             WeightSyncError: an engine's log-probs differ from the trainer's by more than the tolerance.
         """
-        self._send(version)
+        self._sender.send(self._engine)
         expected = self._score(probes)
         if self._rank != 0:
             return 0.0
         return prove(version, self._workers, probes, expected, self._settings.tolerance)
-
-    def _send_adapter(self, version: int) -> None:
-        import ray
-        from safetensors.torch import save
-
-        tensors, config = adapter_state(self._model, self._engine)
-        if self._rank == 0:
-            weights = ray.put(save(tensors))
-            ray.get(
-                [worker.load_adapter.remote(version, weights, config) for worker in self._workers],
-                timeout=RPC_TIMEOUT_S,
-            )
 
     def _score(self, probes: Sequence[Probe]) -> list[list[float]]:
         """The trainer's log-probs of the probes; every rank runs it, as ZeRO wants."""
@@ -123,7 +106,7 @@ class Publisher:
             batch = collate(sequences, self._processor, run_vision=hasattr(self._processor, "image_processor"))
             logps = token_logps(self._engine.module, batch, self._engine.device)
         self._engine.module.train()
-        return [row[len(s.prompt_token_ids) - 1 : len(s) - 1].tolist() for row, s in zip(logps, sequences, strict=True)]
+        return [row[s.span].tolist() for row, s in zip(logps, sequences, strict=True)]
 
 
 def prove(
@@ -162,42 +145,60 @@ def max_difference(expected: Sequence[Sequence[float]], scores: Sequence[Sequenc
 
 
 class Sender:
-    """Full weights from all trainer ranks to the engines; rank 0 holds the other end."""
+    """The way of a policy from all trainer ranks to the engines; rank 0 holds the other end."""
 
-    def __init__(
-        self, names: Mapping[str, str], weights: Mapping[str, "torch.Tensor"], client: "RolloutClient", rank: int
-    ):
-        """`names` maps in-memory to public names; `weights` are the model's, before it is sharded."""
-        self._names, self._client, self._rank = names, client, rank
-        self._shapes = {name: (weights[name].dtype, tuple(weights[name].shape)) for name in names}
+    def __init__(self, model: "torch.nn.Module", client: "RolloutClient", rank: int):
+        """`model` is not sharded yet."""
+        self._model, self._client, self._rank = model, client, rank
 
     def send(self, engine: TrainEngine) -> None:
         """One update round; every rank gathers, rank 0 sends."""
         raise NotImplementedError
 
 
-class ObjectStoreSender(Sender):
+class AdapterSender(Sender):
+    """The adapter alone, as a plain LoRA."""
+
+    def send(self, engine: TrainEngine) -> None:
+        """One update round; every rank gathers, rank 0 sends."""
+        from safetensors.torch import save
+
+        tensors, config = adapter_state(self._model, engine)
+        if self._rank == 0:
+            self._client.load_adapter(save(tensors), config)
+
+
+class WeightSender(Sender):
+    """All weights under their public names."""
+
+    def __init__(self, model: "torch.nn.Module", client: "RolloutClient", rank: int):
+        super().__init__(model, client, rank)
+        self._names = public_names(model)
+        weights = model.state_dict()
+        self._shapes = {
+            name: (weights[now].dtype, tuple(weights[now].shape)) for name, now in plain_names(model).items()
+        }
+
+    def _weights(self, engine: TrainEngine) -> "Iterator[tuple[str, torch.Tensor]]":
+        """(public name, whole tensor) of every weight; a collective of all ranks."""
+        for name, tensor in merged_weights(self._model, engine):
+            yield self._names[name], tensor
+
+
+class ObjectStoreSender(WeightSender):
     """Through Ray's object store, in chunks of `CHUNK_BYTES`, into the engines of rl/transfer.py."""
 
     def send(self, engine: TrainEngine) -> None:
         """One update round; every rank gathers, rank 0 sends."""
         if self._rank == 0:
             self._client.start_weight_update()
-        chunk: dict[str, torch.Tensor] = {}
-        size = 0
-        for name, tensor in engine.full_weights(self._names):
-            if self._rank == 0:
-                chunk[self._names[name]] = tensor.detach().cpu().clone()
-                size += tensor.nbytes
-            if size >= CHUNK_BYTES:
-                self._client.update_weights({"tensors": chunk})
-                chunk, size = {}, 0
-        if self._rank == 0:
+        for chunk in weight_chunks(self._weights(engine), keep=self._rank == 0):
             self._client.update_weights({"tensors": chunk})
+        if self._rank == 0:
             self._client.finish_weight_update()
 
 
-class NcclSender(Sender):
+class NcclSender(WeightSender):
     """Over vLLM's own NCCL engine; GPUs only."""
 
     _transfer: Any = None
@@ -218,8 +219,7 @@ class NcclSender(Sender):
         return [ParamMeta(self._names[name], *shape) for name, shape in self._shapes.items()]
 
     def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
-        for name, tensor in self._engine.full_weights(self._names):
-            yield self._names[name], tensor
+        yield from self._weights(self._engine)
 
     def _meet(self) -> Any:
         import ray
@@ -228,18 +228,54 @@ class NcclSender(Sender):
 
         info = NCCLTrainerInitInfo(
             master_address=ray.util.get_node_ip_address(),
-            master_port=_free_port(),
+            master_port=free_port(),
             world_size=self._client.ranks + 1,
             rank=self._rank,
         )
         return WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self)
 
 
-SENDERS: dict[TransferBackend, type[Sender]] = {"object_store": ObjectStoreSender, "nccl": NcclSender}
+SENDERS: dict[TransferBackend, type[WeightSender]] = {"object_store": ObjectStoreSender, "nccl": NcclSender}
+
+
+def make_sender(
+    transfer: TransferBackend,
+    lora: LoraSettings | None,
+    model: "torch.nn.Module",
+    checkpoint_names: Sequence[str],
+    client: "RolloutClient",
+    rank: int,
+) -> Sender:
+    """What is published: an adapter where the engines can take it, else whole weights, DoRA's merged.
+
+    Raises:
+        DataError: of whole weights, one has no partner in the checkpoint the engines loaded, or the other way round.
+    """
+    if lora is not None and lora.published_rank is not None:
+        return AdapterSender(model, client, rank)
+    tied = ["lm_head.weight"] if plain_model(model).config.tie_word_embeddings else []
+    check_public_names(public_names(model), checkpoint_names, tied)
+    return SENDERS[transfer](model, client, rank)
+
+
+def weight_chunks(weights: "Iterable[tuple[str, torch.Tensor]]", keep: bool) -> "Iterator[dict[str, torch.Tensor]]":
+    """Copies of the weights in pieces of `CHUNK_BYTES`; none where not `keep`, though every weight is asked for."""
+    chunk: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in weights:
+        if keep:
+            chunk[name] = tensor.detach().cpu().clone()
+            size += tensor.nbytes
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = {}, 0
+    if chunk:
+        yield chunk
 
 
 class RolloutClient:
-    """vLLM's control calls of a weight update, fanned out to every rollout worker, each with a time limit."""
+    """The control calls of a weight update, vLLM's and ours, fanned out to every rollout worker, each with a time
+    limit."""
 
     def __init__(self, workers: Sequence["ActorHandle"], ranks_per_worker: int):
         self._workers = workers
@@ -274,29 +310,46 @@ class RolloutClient:
         """The last chunk was sent."""
         self._call("finish_weight_update")
 
+    def load_adapter(self, weights: bytes, config: str) -> None:
+        """A whole adapter: safetensors bytes, and its config as JSON."""
+        import ray
+
+        self._call("load_adapter", ray.put(weights), config)
+
     def _call(self, method: str, *arguments: Any) -> None:
         import ray
 
         ray.get([getattr(worker, method).remote(*arguments) for worker in self._workers], timeout=RPC_TIMEOUT_S)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+def merged_weights(model: "torch.nn.Module", engine: TrainEngine) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Yield (in-memory name, whole tensor) of every weight of the model, with its adapters merged into them.
+
+    A collective of all ranks; a tensor is valid only until the next one is asked for.
+    """
+    layers = {f"{name}.base_layer.weight": layer for name, layer in adapted_layers(model).items()}
+    names = plain_names(model)
+    plain = {now: name for name, now in names.items()}
+    for now, tensor in engine.full_weights(names.values()):
+        if (layer := layers.get(now)) is None:
+            yield plain[now], tensor
+            continue
+        with gathered(*(parameter for name, parameter in layer.named_parameters() if name.startswith("lora_"))):
+            yield plain[now], merged(layer)
 
 
 def adapter_state(model: "torch.nn.Module", engine: TrainEngine) -> tuple[dict[str, "torch.Tensor"], str]:
-    """The whole adapter in PEFT's format: tensors by name, and adapter_config.json. A collective of all ranks."""
-    import json
-
+    """The whole adapter in PEFT's format, for the model it started from: tensors by name, and adapter_config.json.
+    A collective of all ranks."""
     from peft import get_peft_model_state_dict
 
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in engine.full_weights(names)}
-    config = model.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     state = get_peft_model_state_dict(model, state_dict=tensors)
+    config = model.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
+    if str(config["init_lora_weights"]).startswith("pissa"):
+        state, config = plain_lora(model, state, config)
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     return {name: tensor.contiguous() for name, tensor in state.items()}, json.dumps(plain, default=str)
 
 
@@ -305,19 +358,21 @@ def export_policy(
 ) -> None:
     """Write the trained policy to `folder` on the rank that gives one: a plain Hugging Face folder, or for an
     adapted model a PEFT adapter with the processor beside it. A collective of all ranks."""
-    if hasattr(model, "peft_config"):
-        tensors, config = adapter_state(model, engine)
-    else:
-        weights = engine.full_weights(model.state_dict())
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights if folder is not None}
-    if folder is None:
+    if is_adapted(model):
+        adapter = adapter_state(model, engine)
+        if folder is not None:
+            _save_adapter(*adapter, processor, folder)
         return
-    if hasattr(model, "peft_config"):
-        from safetensors.torch import save_file
+    weights = engine.full_weights(model.state_dict())
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights if folder is not None}
+    if folder is not None:
+        save_checkpoint(plain_model(model), tensors, processor, folder)
 
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(config)
-        processor.save_pretrained(folder)
-    else:
-        save_checkpoint(model, tensors, processor, folder)
+
+def _save_adapter(tensors: dict[str, "torch.Tensor"], config: str, processor: "ProcessorMixin", folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(config)
+    processor.save_pretrained(folder)

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from rl.store import RunFolder
+from rl.types import Pair
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 RUN_LIMIT_S = 400
@@ -127,7 +130,8 @@ def cluster() -> Iterator[Cluster]:
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--object-store-memory=1000000000"]
     command += ["--include-dashboard=true", "--block"]
     with open("/dev/null", "w") as nowhere:
-        head = subprocess.Popen(command, env=environment(), stdout=nowhere, stderr=nowhere)
+        at_once = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # of 30 s
+        head = subprocess.Popen(command, env=environment() | at_once, stdout=nowhere, stderr=nowhere)
     try:
         wait_for_port(port)
         wait_for_port(dashboard)
@@ -163,6 +167,24 @@ def full_run(cluster: Cluster, small_config: Path, tmp_path_factory: pytest.Temp
     (folder / "console.txt").write_text(outcome.output)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def blind_set(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Offline BDHS: the rejected answers made once, by the base."""
+    folder = tmp_path_factory.mktemp("blind") / "set"
+    outcome = raylign(
+        "annotate", str(ROOT / "jobs/configs/world-annotate.yaml"), f"run.dir={folder}", "data.prompts=60",
+        "pairs={kind: bdhs, threshold: 0.75}", f"cluster.address={cluster.address}",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.output
+    return folder
+
+
+def pairs_of(folder: Path, step: int) -> tuple[Pair, ...]:
+    batch = RunFolder(str(folder)).read_batch(step)
+    assert batch is not None
+    return batch.pairs
 
 
 def logs(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """A real engine in a real actor: what it samples, scores, and does when its weights change."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -173,10 +173,10 @@ def test_the_nccl_source_yields_what_its_metadata_declares(base: Any) -> None:
     class Whole:
         """An engine whose weights are not sharded."""
 
-        def full_weights(self, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+        def full_weights(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((name, base.state_dict()[name]) for name in names)
 
-    sender = NcclSender(public_names(base), base.state_dict(), RolloutClient([], 2), rank=0)
+    sender = NcclSender(base, RolloutClient([], 2), rank=0)
     sender._engine = Whole()  # type: ignore[assignment]
     sent = dict(NCCLTrainerWeightTransferEngine._checked_iter(sender, sender.metadata()))  # type: ignore[arg-type]
     assert len(sent) == len(base.state_dict())

@@ -11,6 +11,8 @@ from jobs.config import CONFIGS, check_same_settings, describe_fields, dump_conf
 from rl.annotate import AnnotateConfig
 from rl.config import AlignConfig, LoopSettings
 from rl.policy import LoraSettings, PolicySettings
+from rl.reference import ReferenceSettings
+from rl.regimes import parts
 from rl.supervised import SftConfig
 
 
@@ -76,7 +78,7 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ("pairs.rule=best_vs_reference judge.kind=implicit reference.model=x", "nobody sampled the reference answers"),
         ("loop.steps=many", "loop.steps is 'many'"),
         ("loop.steps=0", "loop.steps is 0"),
-        ("loss.kind=dpo", "loss.kind is 'dpo', but: input should be 'sigmoid' or 'ipo'"),
+        ("loss.kind=dpo", "did you mean sigmoid?"),
         ("data.kind=web", "data.kind is 'web', but must be one of world, files, image_folder, mixed; did you mean "),
         ("data={kind: files}", "data.train is required"),
         ("data={kind: files, train: a, heldout: b, prompts: 3}", "data.prompts is a field of another kind"),
@@ -112,8 +114,128 @@ def test_help_shows_the_default_that_a_section_has_where_it_is_used() -> None:
         assert f"{role}.resources.cpus  (float, default {cpus})" in text
 
 
-def test_label_smoothing_with_ipo_is_refused(empty: str) -> None:
-    assert "sigmoid only" in refusal(empty, "loss.kind=ipo", "loss.label_smoothing=0.1")
+def test_a_parameter_that_the_loss_does_not_heed_is_refused(empty: str) -> None:
+    assert "choose from cdpo, robust" in refusal(empty, "loss.kind=ipo", "loss.label_smoothing=0.1")
+
+
+def test_losses_are_combined_with_weights(empty: str) -> None:
+    config = load_config(AlignConfig, empty, ["loss.kind={sigmoid: 0.8, sft: 1}"])
+    assert config.loss.terms == {"sigmoid": 0.8, "sft": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "needs_engines", "roles"),
+    [
+        ("{kind: offline, path: x}", False, ["reference worker", "learner worker"]),
+        ("{kind: mixed, stored: {path: x}}", True, ["rollout worker", "reference worker", "learner worker"]),
+        ("{kind: povid}", True, ["rollout worker", "reference worker", "learner worker"]),
+        ("{kind: bdhs}", True, ["rollout worker", "reference worker", "learner worker"]),
+        ("{kind: bdhs, sight: mask}", True, ["rollout worker", "reference worker", "masked policy", "learner worker"]),
+        (
+            "{kind: averaged, stored: {path: x}, second: {kind: bdhs}}",
+            True,
+            ["rollout worker", "reference worker", "learner worker"],
+        ),
+    ],
+)
+def test_each_regime_starts_what_it_needs(empty: str, pairs: str, needs_engines: bool, roles: list[str]) -> None:
+    config = load_config(AlignConfig, empty, [f"pairs={pairs}"])
+    assert parts(config.pairs).needs_engines == needs_engines
+    assert [role.name for role in config.roles] == roles
+
+
+def test_no_reference_is_started_for_a_loss_that_needs_none(empty: str) -> None:
+    config = load_config(AlignConfig, empty, ["loss.kind=simpo", "loss.beta=2"])
+    assert [role.name for role in config.roles] == ["rollout worker", "learner worker"]
+
+
+def test_rounds_publish_at_their_end_and_sample_from_the_version_they_began_with(empty: str) -> None:
+    rounds = "pairs={kind: iterative, steps_per_round: 3, epochs: 2}"
+    config = load_config(AlignConfig, empty, [rounds, "loop.stale=weight"])
+    assert config.sync_every == 6
+    assert [config.sampled_from(step) for step in (1, 6, 7, 12, 13)] == [0, 0, 6, 6, 12]
+    assert "set loop.max_lag to 5, or loop.stale to weight" in refusal(empty, rounds)
+
+
+@pytest.mark.parametrize(
+    ("max_lag", "sync_every", "versions"),
+    [(0, 1, [0, 1, 2, 3, 4]), (1, 1, [0, 0, 1, 2, 3]), (4, 1, [0, 0, 0, 0, 0]), (1, 2, [0, 0, 1, 2, 3])],
+)
+def test_how_old_the_engines_may_be_before_a_step(
+    empty: str, max_lag: int, sync_every: int, versions: list[int]
+) -> None:
+    config = load_config(AlignConfig, empty, [f"loop.max_lag={max_lag}", f"loop.sync_every={sync_every}"])
+    assert [config.sampled_from(step) for step in range(1, 6)] == versions
+
+
+def test_with_stale_pairs_weighted_weights_may_be_published_seldom(empty: str) -> None:
+    config = load_config(AlignConfig, empty, ["loop.sync_every=4", "loop.stale=weight"])
+    assert config.max_lag == 3
+    assert [config.sampled_from(step) for step in (1, 4, 5, 8, 9)] == [0, 0, 3, 4, 7], "never one yet to be published"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["loss.kind=poft", "loss.beta=1"], "set reference.model to one"),
+        (["loss.kind=d2o", "pairs={kind: bdhs}"], "needs a pairs.kind that samples some"),
+        (["loss.kind=cut", "pairs={kind: povid}"], "pairs.kind povid asks none"),
+        (["loss.kind=simpo", "reference.update=average"], "with loss.kind simpo nothing needs a reference"),
+        (["reference.every=3"], "belong to reference.update average"),
+        (["pairs={kind: bdhs, temperature: 3}"], "pairs.temperature is 3"),
+        (["pairs={kind: povid, noise: 1000}"], "pairs.noise is 1000"),
+    ],
+)
+def test_methods_that_do_not_go_together_are_refused(empty: str, overrides: list[str], says: str) -> None:
+    assert says in refusal(empty, *overrides)
+
+
+def test_what_only_engines_need_is_not_asked_of_an_offline_run(empty: str) -> None:
+    offline = ["pairs={kind: offline, path: x}", "policy.precision=bfloat16", "loop.sync_every=5"]
+    assert [role.name for role in load_config(AlignConfig, empty, offline).roles][-1] == "learner worker"
+
+
+def test_the_reference_is_renewed_when_the_settings_say(empty: str) -> None:
+    average = load_config(AlignConfig, empty, ["reference.update=average", "reference.every=3"])
+    assert [version for version in range(1, 8) if average.renews_reference(version)] == [3, 6]
+    rounds = "pairs={kind: iterative, steps_per_round: 2}"
+    each = load_config(AlignConfig, empty, [rounds, "reference.update=round"])
+    assert [version for version in range(1, 8) if each.renews_reference(version)] == [2, 4, 6]
+    fixed = load_config(AlignConfig, empty, [])
+    assert not any(fixed.renews_reference(version) for version in range(1, 8))
+    assert "only pairs.kind iterative has rounds" in refusal(empty, "reference.update=round")
+
+
+def test_the_reference_may_be_the_policy_without_its_adapter(empty: str) -> None:
+    config = load_config(AlignConfig, empty, ["reference=base-of-adapter", "policy.lora={kind: dora, rank: 4}"])
+    assert config.reference == "base-of-adapter"
+    assert "reference worker" not in [role.name for role in config.roles]
+    assert located(config, [Path()]) == config
+    stored = dump_config(config)
+    assert "\nreference: base-of-adapter\n" in stored
+    check_same_settings(stored, config, "runs/x")
+    with pytest.raises(ConfigError, match="but the run in runs/x has 'base-of-adapter'"):
+        check_same_settings(stored, config.model_copy(update={"reference": ReferenceSettings()}), "runs/x")
+    assert "base-of-adapter" in "\n".join(describe_fields(AlignConfig))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["reference=base-of-adapter"], "there is no adapter to switch off: set policy.lora"),
+        (["reference=base-of-adapter", "policy.lora.kind=pissa"], "not the model it started from"),
+        (
+            ["reference=base-of-adapter", "policy.lora.rank=4", "judge.kind=implicit"],
+            "judge.kind implicit needs reference workers",
+        ),
+        (["reference=base-of-adaptor"], "reference is 'base-of-adaptor', but: input should be 'base-of-adapter'"),
+        (["reference={workrs: 2}"], "reference.workrs is not a field of the config; did you mean reference.workers?"),
+        (["policy.lora={kind: pissa, rank: 300}"], "policy.lora.rank is 300"),
+        (["policy.lora.kind=qlora"], "policy.lora.kind is 'qlora'"),
+    ],
+)
+def test_adapters_that_cannot_be_used_so_are_refused(empty: str, overrides: list[str], says: str) -> None:
+    assert says in refusal(empty, *overrides)
 
 
 def test_several_faults_are_all_named(empty: str) -> None:

@@ -1,11 +1,14 @@
 """Names of weights, checked both ways; freezing; the shipped base model."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from cluster.errors import DataError
+from rl.adapters import AdapterKind, adapters_off, plain_names
 from rl.policy import (
     LoraSettings,
     PolicySettings,
@@ -14,13 +17,16 @@ from rl.policy import (
     checkpoint_names,
     load_model,
     load_processor,
+    merge_adapter,
     public_names,
     resolve_model,
     save_checkpoint,
 )
+from rl.weights import export_policy, merged_weights
 from rl.world.checkpoint import make_model, make_processor, make_tokenizer
 
 BASE = Path(resolve_model("rl/world/base"))
+KINDS = get_args(AdapterKind)
 
 
 def test_memory_and_checkpoint_names_pair_off_completely() -> None:
@@ -85,11 +91,82 @@ def test_frozen_parts_take_no_gradient_and_the_rest_does(freeze: tuple, frozen: 
         assert parameter.requires_grad == (part not in frozen), name
 
 
-def test_adapters_sit_in_the_language_model_only() -> None:
-    model = adapt(make_model(0, make_tokenizer()), PolicySettings(lora=LoraSettings(rank=2)))
+class Unsharded:
+    """The weights of a model that no engine has sharded."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._weights = dict(model.named_parameters()) | dict(model.named_buffers())
+
+    def full_weights(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ((name, self._weights[name].data) for name in names)
+
+
+def adapted(kind: AdapterKind) -> Any:
+    return adapt(load_model(str(BASE), "float32"), PolicySettings(lora=LoraSettings(kind=kind, rank=3, alpha=4)))
+
+
+def trained(kind: AdapterKind) -> Any:
+    """An adapted model whose adapter has moved far."""
+    model = adapted(kind)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 25).unsqueeze(0)).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_sit_in_the_language_model_only(kind: AdapterKind) -> None:
+    model = adapt(make_model(0, make_tokenizer()), PolicySettings(lora=LoraSettings(kind=kind, rank=2)))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("lora_" in name and "language_model" in name for name in trained)
+    assert plain_names(model).keys() == make_model(0, make_tokenizer()).state_dict().keys()
+    assert public_names(model) == public_names(make_model(0, make_tokenizer()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapted_model_starts_as_the_base(kind: AdapterKind) -> None:
+    torch.testing.assert_close(logits(adapted(kind)), logits(load_model(str(BASE), "float32")), atol=1e-4, rtol=0)
+
+
+def test_pissa_starts_alike_in_every_process_whatever_the_seed() -> None:
+    torch.manual_seed(3)
+    first = adapted("pissa").state_dict()
+    torch.manual_seed(4)
+    again = adapted("pissa").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_adapter_on_the_untouched_base_is_the_trained_model(kind: AdapterKind, tmp_path: Path) -> None:
+    """Merged as serving does, and of DoRA also as published to the engines."""
+    model = trained(kind)
+    export_policy(model, Unsharded(model), load_processor(str(BASE)), tmp_path / "adapter")  # type: ignore[arg-type]
+    merged = load_model(str(merge_adapter(str(BASE), tmp_path / "adapter", tmp_path / "merged", "float32")), "float32")
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=0)
+    assert (logits(merged) - logits(load_model(str(BASE), "float32"))).abs().max() > 0.1
+    if kind == "dora":
+        published = dict(merged_weights(model, Unsharded(model)))  # type: ignore[arg-type]
+        assert published.keys() == merged.state_dict().keys()
+        for name, tensor in merged.state_dict().items():
+            torch.testing.assert_close(published[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_with_adapters_off_a_trained_model_is_the_base_and_then_itself_again(kind: AdapterKind) -> None:
+    model = trained(kind)
+    before, takes_gradient = logits(model), [parameter.requires_grad for parameter in model.parameters()]
+    with adapters_off(model):
+        assert torch.equal(logits(model), logits(load_model(str(BASE), "float32")))
+    assert torch.equal(logits(model), before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == takes_gradient
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "justaname"])

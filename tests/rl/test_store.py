@@ -1,5 +1,6 @@
 """The run folder: what is written comes back, on disks and behind fsspec alike."""
 
+import dataclasses
 import subprocess
 import sys
 import uuid
@@ -10,8 +11,8 @@ import pytest
 from cluster.errors import DataError
 from rl.formats import Fault
 from rl.store import RunFolder, evaluation_file, read_evaluations
-from rl.types import PairBatch, PairValues
-from tests.conftest import make_pair, make_prompt
+from rl.types import Extra, PairBatch, PairValues
+from tests.conftest import make_completion, make_pair, make_prompt
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -24,8 +25,13 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> RunFolder:
 
 def test_pairs_come_back_as_they_were_written(folder: RunFolder) -> None:
     scored = make_pair(
-        reference_logps=PairValues(-1.5, -2.25), reference_version="v", prompt=make_prompt(truth={"a": [1]})
+        reference_logps=PairValues((-1.5, 0.0), (-2.25, -1.0, -0.5)),
+        reference_version="v",
+        prompt=make_prompt(truth={"a": [1]}),
+        weight=0.25,
     )
+    other = make_completion("other.", (8, 2), 0, scored.prompt.id)
+    scored = dataclasses.replace(scored, extras=(Extra("sample", other, (-0.5, -0.25)), Extra("mismatched", other)))
     text_only = make_pair(prompt=make_prompt("How are you?", None, reference_answer="well"))
     batch = PairBatch(7, (scored, text_only), 96, {"ties": 2}, {"sampling": 1.5})
     folder.write_batch(batch)

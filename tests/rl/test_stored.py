@@ -27,7 +27,7 @@ def processor() -> Any:
 
 def load(processor: Any, heldout: list[Prompt] | None = None, faults: list[Fault] | None = None, **fields: object):
     settings = OfflinePairs.model_validate({"kind": "offline", **fields})
-    return settings.load(0, processor, 128, heldout or [], (faults if faults is not None else []).extend)
+    return settings.load("pairs", 0, processor, 128, heldout or [], (faults if faults is not None else []).extend)
 
 
 def world_pairs(processor: Any, count: int):
@@ -56,7 +56,7 @@ def test_the_pairs_of_a_run_come_back_as_offline_pairs(processor, tmp_path: Path
 def test_pairs_in_other_tokens_are_written_anew_and_lose_the_reference_scores(processor, tmp_path: Path) -> None:
     (stored,) = world_pairs(processor, 1)
     foreign = PairValues(*(dataclasses.replace(one, token_ids=(1, 2, 3)) for one in stored.completions))
-    changed = dataclasses.replace(stored, completions=foreign, reference_logps=PairValues(-1.0, -2.0))
+    changed = dataclasses.replace(stored, completions=foreign, reference_logps=PairValues((-1.0,) * 3, (-2.0,) * 3))
     (pair,) = load(processor, path=str(write_run(tmp_path / "run", [changed])))
     assert [one.token_ids for one in pair.completions] == [one.token_ids for one in stored.completions]
     assert pair.reference_logps is None
