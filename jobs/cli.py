@@ -25,6 +25,7 @@ JOBS = {
     "export": "write a run's pairs as one preference set in TRL's format",
     "sft": "train a model on given answers",
     "evaluate": "measure a model on the tiny world",
+    "reproduce": "measure the papers' methods on the tiny world",
     "serve": "serve the base and the aligned model of a run to OpenAI clients",
     "report": "write report.html of a run anew",
     "doctor": "check what this machine has and lacks",
