@@ -122,7 +122,8 @@ class SamplingHalf:
 
     async def new_pairs(self, step: int) -> list[Pair]:
         """Pairs of the regime, with what else the loss wants scored; further prompts are taken until there are any."""
-        self.journal.note("startup", first_rollout=self.journal.age)
+        if self.parts.needs_engines:
+            self.journal.note("startup", first_rollout=self.journal.age)
         count, counts = self.config.loop.prompts_per_step, self.tools.counts
         for attempt in range(MAX_EMPTY_ROUNDS):
             if pairs := await self.regime.pairs(count, self.tools, self._seed(step, attempt)):

@@ -97,7 +97,7 @@ class ReferenceWorker:
 
     def weights(self) -> dict[str, "torch.Tensor"]:
         """All weights by their in-memory names, on the CPU."""
-        return {name: tensor.cpu() for name, tensor in self._model.state_dict().items()}
+        return {name: parameter.detach().cpu() for name, parameter in self._model.named_parameters()}
 
 
 class Reference:
