@@ -159,12 +159,13 @@ def directions(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> li
             verdict = "agrees" if all(b * theirs > 0 for b in better) else "differs"
             if min(better) <= 0 <= max(better):
                 verdict = "no change here"
-            rows.append([name, metric.label, _sign(theirs), f"{fmean(ours):+.3f}", verdict])
+            rows.append([name, metric.label, _told(theirs, theirs), _told(fmean(better), fmean(ours)), verdict])
     return rows
 
 
-def _sign(change: float) -> str:
-    return f"{'better' if change > 0 else 'worse'} ({change:+.2f})"
+def _told(better: float, change: float) -> str:
+    word = "same" if round(better, 3) == 0 else "better" if better > 0 else "worse"
+    return f"{word} ({change:+.3f})"
 
 
 def main(arguments: Sequence[str]) -> int:

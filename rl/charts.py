@@ -51,7 +51,8 @@ def bar_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Mappi
         for index, (label, bars) in enumerate(series.items()):
             places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(names))]
             axes.bar(places, [bars.get(name, 0) for name in names], width, label=label)
-        axes.set_xticks(range(len(names)), names, rotation=0 if sum(map(len, names)) < 40 else 30, ha="center")
+        level = sum(map(len, names)) < 40
+        axes.set_xticks(range(len(names)), names, rotation=0 if level else 35, ha="center" if level else "right")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if len(series) > 1:
