@@ -66,7 +66,13 @@ class GenaiEndpoint:
         self.key = key
         self._settings = settings
         self._types = types
-        options = types.HttpOptions(base_url=settings.base_url, timeout=int(settings.timeout_s * 1000))
+        options = types.HttpOptions(
+            base_url=settings.base_url,
+            timeout=int(settings.timeout_s * 1000),
+            retry_options=types.HttpRetryOptions(
+                attempts=1
+            ),  # left out, a refused connection waits up to 10 s for another
+        )
         self._client = genai.Client(api_key=key.get_secret_value(), vertexai=False, http_options=options)
 
     async def ask(self, request: Request) -> Reply:
