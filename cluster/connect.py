@@ -92,17 +92,9 @@ def connect(settings: ClusterSettings) -> None:
 
     if ray.is_initialized():
         return
-    variables = environment_variables()
     if address is None:
         port = free_port()
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-        variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
-    else:
-        variables["RAY_ADDRESS"] = _resolved(address) if address == "auto" else address
-    # RAY_ADDRESS: Ray Train asks whether its controller lives, and without it may ask another cluster of this machine,
-    # which knows of none; then it takes the workers' placement away.
-    runtime_env = {"env_vars": variables}
-    if address is None:
         ray.init(
             address="local",  # never a cluster that happens to run here
             num_cpus=settings.num_cpus,
@@ -110,10 +102,11 @@ def connect(settings: ClusterSettings) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            runtime_env=runtime_env,
+            runtime_env=_runtime_env(f"127.0.0.1:{port}"),
             _node_ip_address="127.0.0.1",
         )
         return
+    runtime_env = _runtime_env(_resolved(address) if address == "auto" else address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=runtime_env)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -122,6 +115,12 @@ def connect(settings: ClusterSettings) -> None:
             f"or leave cluster.address out to start one for this run; if it asks for a token, set RAY_AUTH_MODE=token "
             f"and RAY_AUTH_TOKEN"
         ) from error
+
+
+def _runtime_env(address: str) -> dict[str, dict[str, str]]:
+    """What the cluster's processes must see, its own address among it: Ray Train asks whether its controller lives, and
+    without one may ask another cluster of this machine, which knows of none; then the workers lose their placement."""
+    return {"env_vars": environment_variables() | {"RAY_ADDRESS": address}}
 
 
 def _resolved(address: str) -> str:

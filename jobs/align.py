@@ -25,7 +25,6 @@ from rl.judges import collect_keys
 from rl.policy import resolve_model
 from rl.regimes import parts
 from rl.store import Ending, RunFolder
-from rl.stored import OfflinePairs
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -94,8 +93,7 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
     placed = located(config, places())
     made = parts(placed.pairs)
     keys = collect_keys(config.judge) if made.needs_engines else {}
-    section = "pairs" if isinstance(placed.pairs, OfflinePairs) else "pairs.stored"
-    check_files([*placed.data.files(), *(made.stored.files(section) if made.stored else ())])
+    check_files([*placed.data.files(), *(made.stored.files(made.section) if made.stored else ())])
     folder = RunFolder(run_address(config.run.dir))
     first_step = 1
     if resume:

@@ -30,6 +30,7 @@ from rl.regimes import (
     masked_role,
     parts,
     prompted_pairs,
+    sampled_answers,
 )
 from rl.rollout import Rollouts, RolloutSettings, start_rollouts
 from rl.store import RunFolder
@@ -197,10 +198,7 @@ class Annotation:
             answers = [Answers(one, ()).with_reference(self._tools.processor) for one in prompts]
         else:
             self._tools.begin()
-            groups = await self._tools.sample(prompts, self._seed(step))
-            answers = [Answers(prompt, tuple(group)) for prompt, group in zip(prompts, groups, strict=True)]
-            if rule.rule == "best_vs_reference":
-                answers = [one.with_reference(self._tools.processor) for one in answers]
+            answers = await sampled_answers(prompts, self._tools, rule, self._seed(step))
         self._folder.write_answers(step, answers)
         return answers
 

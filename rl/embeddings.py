@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rl.scoring import placed
 from rl.sight import View, view_inputs
 
 if TYPE_CHECKING:
@@ -45,9 +46,6 @@ def _embed(model: Any, inputs: "dict[str, Tensor]") -> "list[Tensor]":
     import torch
 
     weight = next(model.parameters())
-    placed = {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
     with torch.inference_mode():
-        return [embedding.cpu() for embedding in model.embed_multimodal(**placed)]
+        embeddings = model.embed_multimodal(**placed(inputs, weight.device, weight.dtype))
+        return [embedding.cpu() for embedding in embeddings]

@@ -247,7 +247,7 @@ class Learner:
             weights = torch.tensor([pair.weight for pair in group], device=self._engine.device)
             losses = loss.loss(scores) * trust(group, scores, [self._is_stale(pair) for pair in group])
             if indices:
-                sums.add(group, weights, losses, scores, loss.beta)
+                sums.add(weights, losses, scores, loss.beta)
             yield (weights * losses).sum() * (self._ranks / total if indices else 0.0)
 
     def _adapters_off_logps(self, batch: Batch) -> "torch.Tensor":
@@ -270,9 +270,7 @@ class _Sums:
         self._values = dict.fromkeys((*self.NAMES, "divergence", "tokens", "weight"), 0.0)
         self._with_reference = with_reference
 
-    def add(
-        self, pairs: Sequence[Pair], weights: "torch.Tensor", losses: "torch.Tensor", scores: Scores, beta: float
-    ) -> None:
+    def add(self, weights: "torch.Tensor", losses: "torch.Tensor", scores: Scores, beta: float) -> None:
         """Without a reference the policy's own log-probs stand in for the log-ratios."""
         policy = PairValues(*(side.detach() for side in scores.sums))
         ratios = PairValues(*(side.detach() for side in (scores.ratios if scores.reference else policy)))
@@ -286,7 +284,7 @@ class _Sums:
             "logps_rejected": policy.rejected,
             "divergence": _k2(ratios.chosen) + _k2(ratios.rejected),
             "tokens": sum(scores.lengths),
-            "weight": weights * 0 + 1,
+            "weight": 1.0,
         }
         for name, value in added.items():
             self._values[name] += float((weights * value).sum())

@@ -28,7 +28,6 @@ from rl.regimes import IterativePairs, Tools, equip, make_regime, parts
 from rl.rollout import Rollouts, SamplingSettings, start_rollouts
 from rl.scoring import to_sequence
 from rl.store import RunFolder
-from rl.stored import OfflinePairs
 from rl.types import ExtraRole, Pair, PairBatch, Prompt
 from rl.weights import Probe
 
@@ -105,9 +104,8 @@ class SamplingHalf:
     async def make_batch(self, step: int) -> PairBatch:
         """The algorithm, one step of it: pairs from where the config says, scored under the reference and stored."""
         self.tools.begin()
-        if (again := self.pairs_of_round(step)) is not None:
-            pairs = again
-        else:
+        pairs = self.pairs_of_round(step)
+        if pairs is None:
             pairs = await self.new_pairs(step)
         if self.uncertain:
             pairs = self.uncertain.mark(pairs)
@@ -207,8 +205,8 @@ class SamplingHalf:
         config = self.config
         if (settings := self.parts.stored) is None:
             return []
-        section = "pairs" if isinstance(config.pairs, OfflinePairs) else "pairs.stored"
-        return settings.load(section, config.seed, processor, config.policy.max_length, self.heldout, self.report)
+        length = config.policy.max_length
+        return settings.load(self.parts.section, config.seed, processor, length, self.heldout, self.report)
 
     def _check(self, training: Sequence[Prompt], of_stored: Sequence[Prompt], processor: "ProcessorMixin") -> None:
         """Refuse prompts that could not be sampled, judged or measured on."""

@@ -16,6 +16,7 @@ from rl.engine import prepare_worker
 from rl.policy import PolicySettings
 from rl.render import answer_token_ids, image_token_counts, prompt_token_ids
 from rl.rollout import SamplingSettings, placeholder_tokens, request_seed
+from rl.scoring import placed
 from rl.sight import Continuation, view_inputs, views
 
 if TYPE_CHECKING:
@@ -107,10 +108,7 @@ class MaskedWorker:
         inputs = _left_padded(rows, self._tokenizer.pad_token_id or 0) | (
             view_inputs(images, self._processor) if images else {}
         )
-        placed = {
-            name: value.to(self._device, self._model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        inputs = placed(inputs, self._device, self._model.dtype)
         self._model.generation_config = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
             eos_token_id=self._ends,
@@ -122,13 +120,13 @@ class MaskedWorker:
         full_stops = torch.tensor(self._full_stops, device=self._device)
         with torch.inference_mode():
             tokens = self._model.generate(
-                **placed,
+                **inputs,
                 logits_processor=LogitsProcessorList(_draw(sampling, seeds, self._device)),
                 stopping_criteria=StoppingCriteriaList(
                     [lambda ids, scores, **_: one_sentence & torch.isin(ids[:, -1], full_stops)]
                 ),
             )
-        return tokens[:, placed["input_ids"].shape[1] :]
+        return tokens[:, inputs["input_ids"].shape[1] :]
 
 
 def start_masked(settings: MaskedSettings, policy: PolicySettings, model: str, logs: Path) -> list["ActorHandle"]:

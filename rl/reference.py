@@ -15,7 +15,7 @@ from rl.batching import plan_microbatches
 from rl.engine import prepare_worker
 from rl.extras import sequences
 from rl.policy import PolicySettings, resolve_model
-from rl.rollout import CALL_TIMEOUT_S
+from rl.rollout import CALL_TIMEOUT_S, share_out
 from rl.scoring import ScoredSequence, to_sequence
 from rl.types import Completion, Pair, PairValues, Prompt
 
@@ -101,7 +101,7 @@ class ReferenceWorker:
 
 
 class Reference:
-    """Scores pairs through the reference workers, never the same tokens twice. Without workers, the learner does."""
+    """Scores pairs through the reference workers, never the same tokens twice."""
 
     def __init__(self, workers: Sequence["ActorHandle"], version: str):
         self._workers = list(workers)
@@ -161,16 +161,10 @@ class Reference:
     async def _score(self, sequences: Sequence[ScoredSequence]) -> list[tuple[float, ...]]:
         keys = [self._key(sequence) for sequence in sequences]
         missing = [index for index, key in enumerate(keys) if key not in self._known]
-        shares = [missing[index :: len(self._workers)] for index in range(len(self._workers))]
-        calls = [
-            worker.score.remote([sequences[index] for index in share])
-            for worker, share in zip(self._workers, shares, strict=True)
-            if share
-        ]
-        for share, scores in zip(
-            filter(None, shares), await asyncio.wait_for(asyncio.gather(*calls), CALL_TIMEOUT_S), strict=True
-        ):
-            self._known.update((keys[index], logps) for index, logps in zip(share, scores, strict=True))
+        scores = await share_out(
+            self._workers, [sequences[index] for index in missing], lambda worker, share: worker.score.remote(share)
+        )
+        self._known.update((keys[index], logps) for index, logps in zip(missing, scores, strict=True))
         return [self._known[key] for key in keys]
 
     def _key(self, sequence: ScoredSequence) -> str:

@@ -159,25 +159,20 @@ def _kind(pairs: Any) -> str:
     return str(pairs.get("kind", "online") if isinstance(pairs, dict) else pairs.kind)
 
 
-PairsSettings = Annotated[
+_Made = (
     Annotated[PairSettings, Tag("online")]
+    | Annotated[BdhsPairs, Tag("bdhs")]
+    | Annotated[PovidPairs, Tag("povid")]
+    | Annotated[ConstructedPairs, Tag("constructed")]
+)
+# What can be made ahead, with the policy as it is.
+MadePairs = Annotated[_Made, Discriminator(_kind)]
+PairsSettings = Annotated[
+    _Made
     | Annotated[IterativePairs, Tag("iterative")]
     | Annotated[OfflinePairs, Tag("offline")]
     | Annotated[MixedPairs, Tag("mixed")]
-    | Annotated[AveragedPairs, Tag("averaged")]
-    | Annotated[BdhsPairs, Tag("bdhs")]
-    | Annotated[PovidPairs, Tag("povid")]
-    | Annotated[ConstructedPairs, Tag("constructed")],
-    Discriminator(_kind),
-]
-
-
-# What can be made ahead, with the policy as it is.
-MadePairs = Annotated[
-    Annotated[PairSettings, Tag("online")]
-    | Annotated[BdhsPairs, Tag("bdhs")]
-    | Annotated[PovidPairs, Tag("povid")]
-    | Annotated[ConstructedPairs, Tag("constructed")],
+    | Annotated[AveragedPairs, Tag("averaged")],
     Discriminator(_kind),
 ]
 
@@ -189,11 +184,13 @@ class Parts(NamedTuple):
     """How judged completions make pairs, if the judge has a say."""
     stored: OfflinePairs | None = None
     self_made: SelfMade | None = None
+    section: str = "pairs.stored"
+    """Where the settings of the stored pairs stand in the config."""
 
     @property
     def needs_engines(self) -> bool:
         """Whether anything is sampled."""
-        return self.sampled is not None or isinstance(self.self_made, BdhsPairs | PovidPairs)
+        return self.sampled is not None or self.needs_blind
 
     @property
     def needs_blind(self) -> bool:
@@ -212,7 +209,7 @@ def parts(pairs: "PairsSettings") -> Parts:
         case PairSettings():
             return Parts(sampled=pairs)
         case OfflinePairs():
-            return Parts(stored=pairs)
+            return Parts(stored=pairs, section="pairs")
         case MixedPairs():
             return Parts(pairs.sampled, pairs.stored)
         case AveragedPairs():
@@ -288,12 +285,17 @@ class Tools:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
+async def sampled_answers(prompts: Sequence[Prompt], tools: Tools, settings: PairSettings, seed: int) -> list[Answers]:
+    """What the judge is to compare: the policy's completions, and the reference answer if the rule takes it."""
+    groups = await tools.sample(prompts, seed)
+    answers = [Answers(prompt, tuple(group)) for prompt, group in zip(prompts, groups, strict=True)]
+    takes_reference = settings.rule == "best_vs_reference"
+    return [one.with_reference(tools.processor) for one in answers] if takes_reference else answers
+
+
 async def judged_pairs(prompts: Sequence[Prompt], tools: Tools, settings: PairSettings, seed: int) -> list[Pair]:
     """Online DPO (arXiv 2407.02477 section 2; graded as in arXiv 2402.10884): sample, judge, pair."""
-    completions = await tools.sample(prompts, seed)
-    if settings.rule == "best_vs_reference":
-        answers = [Answers(prompt, tuple(group)) for prompt, group in zip(prompts, completions, strict=True)]
-        completions = [list(one.with_reference(tools.processor).completions) for one in answers]
+    completions = [one.completions for one in await sampled_answers(prompts, tools, settings, seed)]
     judgements = await tools.grade(prompts, completions)
     pairs, counts = make_pairs(prompts, completions, judgements, settings)
     tools.counts.update(counts)

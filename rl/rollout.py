@@ -309,7 +309,7 @@ class Rollouts:
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int
     ) -> list[list[Completion]]:
         """Completions of each prompt, in the order of `prompts`."""
-        return await _share_out(
+        return await share_out(
             self.workers, prompts, lambda worker, share: worker.generate.remote(share, sampling, seed, self.version)
         )
 
@@ -317,7 +317,7 @@ class Rollouts:
         self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]], noise: int, seed: int
     ) -> list[tuple[int, ...]]:
         """The likeliest token at each place of each answer under a noised image; see `RolloutWorker.distort`."""
-        return await _share_out(
+        return await share_out(
             self.workers,
             list(zip(prompts, answers, strict=True)),
             lambda worker, share: worker.distort.remote(*zip(*share, strict=True), noise, seed),
@@ -338,9 +338,7 @@ class Blind:
 
     async def go_on(self, requests: Sequence[Continuation], sampling: SamplingSettings, seed: int) -> list[str]:
         """The continuation of each request, in the order of `requests`."""
-        return await _share_out(
-            self.workers, requests, lambda worker, share: worker.go_on.remote(share, sampling, seed)
-        )
+        return await share_out(self.workers, requests, lambda worker, share: worker.go_on.remote(share, sampling, seed))
 
 
 def start_rollouts(
@@ -392,7 +390,7 @@ def _likeliest(answer: Sequence[int], positions: Sequence[Any], refused: Contain
     return (*kept[:-1], answer[-1])
 
 
-async def _share_out(
+async def share_out(
     workers: Sequence["ActorHandle"], items: Sequence[T], call: "Callable[[ActorHandle, Sequence[T]], Awaitable[Any]]"
 ) -> list[Any]:
     """Give every worker its share of the items; the results come back in the items' order."""

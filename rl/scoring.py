@@ -1,6 +1,6 @@
 """The one function that computes log-probs of completions, for policy and reference alike, seeing the images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -92,9 +92,7 @@ def token_scores(model: "torch.nn.Module", batch: Batch, device: "torch.device",
     head."""
     from torch.nn import functional as F
 
-    images = {name: value.to(device) for name, value in batch.images.items()}
-    dtype = next(model.parameters()).dtype
-    images = {name: value.to(dtype) if value.is_floating_point() else value for name, value in images.items()}
+    images = placed(batch.images, device, next(model.parameters()).dtype)
     labels = batch.labels[:, 1:].to(device)
     first = int((batch.labels != IGNORED).any(dim=0).nonzero()[0]) - 1
     logits = model(
@@ -114,6 +112,11 @@ def token_scores(model: "torch.nn.Module", batch: Batch, device: "torch.device",
         return TokenScores(logps[:rows] + anchor, None)
     collision = F.pad((2 * distribution.detach()).logsumexp(-1), (first, 0)) * mask
     return TokenScores(logps[:rows] + anchor, collision[:rows])
+
+
+def placed(inputs: "Mapping[str, Tensor]", device: "torch.device", dtype: "torch.dtype") -> "dict[str, Tensor]":
+    """A model's inputs on its device, those that are no whole numbers in its precision."""
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
 
 
 def by_completion(values: "Tensor", sequences: Sequence[ScoredSequence]) -> "Tensor":
