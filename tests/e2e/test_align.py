@@ -165,7 +165,6 @@ def _merge(folder: Path) -> bool:
         (["rollout.resources.cpus=64"], 5, "asks for 64.75 CPU"),
         (["cluster.address=127.0.0.1:1"], 5, "nothing answers at 127.0.0.1:1"),
         (["data={kind: files, train: nothing.jsonl, heldout: nothing.jsonl}"], 4, "nothing.jsonl does not exist"),
-        (["policy.max_length=70"], 4, "takes"),
         (["data={kind: files, train: tests/e2e/prompts.jsonl}"], 4, "has no `truth`, by which the oracle judges"),
     ],
 )

@@ -81,13 +81,6 @@ def test_a_stopped_and_a_killed_run_go_on_without_paying_twice(config: Path, api
     assert (folder / "report.html").is_file()
     assert KEY not in done.output + (folder / "config.yaml").read_text()
 
-    before = len(api.requests)
-    again = raylign("annotate", str(config), f"run.dir={tmp_path / 'again'}")
-    assert again.code == 0, again.output
-    assert len(api.requests) == before, "the same answers from the same judge cost nothing"
-    assert quality(tmp_path / "again")["judge"]["cost"] == 0
-    assert quality(tmp_path / "again")["pairs"] == result["pairs"]
-
 
 def test_a_spent_budget_stops_cleanly_and_a_larger_one_goes_on(config: Path, api: JudgeApi, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -108,7 +101,7 @@ def test_a_spent_budget_stops_cleanly_and_a_larger_one_goes_on(config: Path, api
 
 
 def test_what_was_annotated_is_exported_and_learned_from(cluster: Cluster, config: Path, tmp_path: Path) -> None:
-    """Export to TRL, then the pairs and answers as sources of offline DPO, rejection sampling and SteerLM."""
+    """Export to TRL, then the pairs and answers as sources of offline DPO and of SteerLM."""
     folder = tmp_path / "run"
     oracle = ["judge={kind: oracle}", "data.prompts=60", "pairs.margin=1"]
     annotated = raylign("annotate", str(config), f"run.dir={folder}", *oracle)
@@ -140,16 +133,15 @@ def test_what_was_annotated_is_exported_and_learned_from(cluster: Cluster, confi
     assert itself.code == 0, itself.output
     assert quality(tmp_path / "itself")["pairs"] > 0, "two updates have made a difference"
 
-    for kind in ("best", "steerlm"):
-        trained = raylign(
-            "sft", str(ROOT / "jobs/configs/world-sft.yaml"), f"output={kind}", f"data={{kind: {kind}, path: run}}",
-            "steps=2", "batch_size=8", "log_every=1", f"cluster.address={cluster.address}", cwd=tmp_path,
-        )  # fmt: skip
-        assert trained.code == 0, trained.output
-        assert (tmp_path / kind / "model" / "model.safetensors").is_file()
+    trained = raylign(
+        "sft", str(ROOT / "jobs/configs/world-sft.yaml"), "output=steered", "data={kind: steerlm, path: run}",
+        "steps=2", "batch_size=8", "log_every=1", f"cluster.address={cluster.address}", cwd=tmp_path,
+    )  # fmt: skip
+    assert trained.code == 0, trained.output
+    assert (tmp_path / "steered" / "model" / "model.safetensors").is_file()
 
 
-def test_bad_rows_are_listed_and_skipped(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+def test_bad_rows_are_listed(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "copy: b c"}, {"prompt": ""}, {"prompt": "sort: c b", "images": ["no.png"]}, {"prompt": "2"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = f"data={{kind: files, train: {tmp_path / 'p.jsonl'}, heldout_share: 0}}"
@@ -158,6 +150,3 @@ def test_bad_rows_are_listed_and_skipped(cluster: Cluster, config: Path, tmp_pat
     assert "2 bad rows: p.jsonl row 2" in refused.output
     listed = (tmp_path / "run" / "bad-rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in listed] == [2, 3]
-    done = raylign("annotate", str(config), f"run.dir={tmp_path / 'run'}", source, "data.bad_rows=skip")
-    assert done.code == 0, done.output
-    assert quality(tmp_path / "run")["prompts"] == 2
