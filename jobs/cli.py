@@ -26,7 +26,10 @@ JOBS = {
     "sft": "train a model on given answers",
     "evaluate": "measure a model on the tiny world",
     "reproduce": "measure the papers' methods on the tiny world",
-    "serve": "serve the base and the aligned model of a run to OpenAI clients",
+    "serve": "serve runs to OpenAI clients and on a page",
+    "promote": "make a run the one that is served as `aligned`, if it passes the gate",
+    "rollback": "go back to what was served as `aligned` before",
+    "keys": "make, list and revoke the API keys of the endpoint",
     "report": "write report.html of a run anew",
     "doctor": "check what this machine has and lacks",
 }
@@ -52,8 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(importlib.import_module(f"jobs.{arguments[0]}").main, arguments[1:])
 
 
-def job_parser(job: str, description: str, config: "type[BaseModel] | None" = None) -> argparse.ArgumentParser:
-    """A parser for one job. One that reads a config takes its file and overrides, and documents its fields."""
+def job_parser(
+    job: str, description: str, config: "type[BaseModel] | None" = None, positional: bool = True
+) -> argparse.ArgumentParser:
+    """A parser for one job. One that reads a config documents its fields, and takes its file and overrides as the
+    positional arguments unless it has others."""
     from jobs.config import describe_fields
 
     fields = "fields of the config:\n" + "\n".join(describe_fields(config)) + "\n\n" if config else ""
@@ -63,7 +69,7 @@ def job_parser(job: str, description: str, config: "type[BaseModel] | None" = No
         epilog=fields + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if config:
+    if config and positional:
         parser.add_argument("config", help="YAML file, for example one of jobs/configs")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the config")
     return parser

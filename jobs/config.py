@@ -31,14 +31,14 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 
 
-def load_config(model: type[Config], path: str, overrides: Sequence[str]) -> Config:
-    """Read `path`, apply `overrides` (`a.b.c=value`, the value in YAML) and check the result.
+def load_config(model: type[Config], path: str | None, overrides: Sequence[str]) -> Config:
+    """Read `path`, if there is one, apply `overrides` (`a.b.c=value`, the value in YAML) and check the result.
 
     Raises:
         ConfigError: the file is missing or not a YAML mapping, or any field is unknown, wrong or impossible;
             one sentence per fault, one per line.
     """
-    values = _read(path)
+    values = _read(path) if path else {}
     # A choice of kind first, whatever the order: the other fields depend on it.
     for override in sorted(overrides, key=lambda one: not one.partition("=")[0].endswith(".kind")):
         _apply(model, values, override)

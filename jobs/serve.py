@@ -1,72 +1,223 @@
-"""`raylign serve RUN`: the base and the aligned model of a run, to any OpenAI client."""
+"""`raylign serve RUN…`: the base and the aligned models of runs, to any OpenAI client, and a demo page."""
 
+import json
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from cluster.connect import ClusterSettings, check_room, connect
-from cluster.errors import DataError
+from cluster.connect import check_room, connect
+from cluster.errors import ClusterError, ConfigError, DataError, first_line
 from jobs.cli import job_parser, run
 from jobs.config import load_config
 from jobs.paths import run_address
+from rl.adapters import ENGINE_RANKS
 from rl.config import AlignConfig
-from rl.policy import merge_adapter, resolve_model
-from serve.app import ServedModel, roles, running_app
+from rl.policy import load_processor, merge_adapter, resolve_model
+from serve.app import BASE, Endpoint, roles, running_app
+from serve.keys import KeyFile
+from serve.settings import ServeSettings
+from serve.versions import REVISION_DIGITS, Registry, RegistryFile, Version, weights_digest
+
+WATCH_S = 1.0
+SILENT_S = 30.0
+"""A server that has not touched status.json for so long is gone."""
+DOOR_TIMEOUT_S = 60.0
+ANNOUNCE_TIMEOUT_S = 1800.0
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line and serve until Ctrl-C; returns the exit code."""
-    parser = job_parser("serve", "Serve the models `base` and `aligned` of a run to OpenAI clients, until Ctrl-C.")
-    parser.add_argument("run", help="folder of a finished run, for example runs/demo")
-    parser.add_argument("--port", type=int, default=8000, help="HTTP port on loopback (default: 8000)")
-    parser.add_argument("--address", help="Ray cluster to serve on; left out, one is started here")
-    options = parser.parse_args(arguments)
-    models = served_models(run_address(options.run))
-    connect(ClusterSettings(address=options.address))
-    check_room(roles(models))
-    print("starting two engines; this takes about a minute on a CPU", flush=True)
+    parser = job_parser(
+        "serve", "Serve runs to OpenAI clients and on a page, until Ctrl-C. Each run is a version; the first one "
+        "becomes `aligned` if nothing is yet, and `raylign promote` and `raylign rollback` change that meanwhile.",
+        ServeSettings, positional=False,
+    )  # fmt: skip
+    options, settings = parse(parser, arguments)
+    registry = RegistryFile(settings.dir)
+    with registry.locked():
+        for folder in options.runs:
+            stored = registry.read() if registry.exists else None
+            changed, version = register(stored, run_address(folder))
+            if not changed.promoted:
+                changed = changed.promote(version.name)
+            if changed != stored:
+                registry.write(changed, "registered", run=folder)
+    return serve(settings, registry)
+
+
+def parse(parser: Any, arguments: Sequence[str]) -> tuple[Any, ServeSettings]:
+    """Options and settings of a command that takes runs and overrides of the serving config."""
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run, for example runs/demo")
+    parser.add_argument("--config", help="YAML file with the fields below")
+    options = parser.parse_intermixed_args(arguments)
+    overrides = [one for one in options.runs if "=" in one]
+    options.runs = [one for one in options.runs if "=" not in one]
+    settings = load_config(ServeSettings, options.config, overrides)
+    return options, settings.model_copy(update={"dir": run_address(settings.dir)})
+
+
+def serve(settings: ServeSettings, file: RegistryFile) -> int:
+    """Serve what the registry wants, and follow it when it changes, until Ctrl-C."""
+    registry = file.read()
+    if settings.asks_for_keys and not KeyFile(settings.dir).names():
+        raise ConfigError(
+            f"{settings.host} asks for API keys, but there is none; make one with `raylign keys add NAME`"
+        )
+    placeholder = getattr(load_processor(registry.base.folder), "image_token", None)
+    connect(settings.cluster)
+    check_room(roles(settings, registry))
+    print("starting the engines; this takes about a minute on a CPU", flush=True)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set() if not stop.is_set() else os._exit(130))
-    with running_app(models, "127.0.0.1", options.port):
-        names = " and ".join(model.name for model in models)
-        print(f"serving {names} at http://127.0.0.1:{options.port}/v1 until Ctrl-C", flush=True)
-        while not stop.wait(1):
-            pass
+    status = Path(settings.dir) / "status.json"
+    with running_app(settings, registry, [placeholder] if placeholder else []) as endpoint:
+        check_door(settings)
+        names = ", ".join([BASE, "aligned", *registry.versions])
+        print(f"serving {names} at {address(settings)}/v1 until Ctrl-C", flush=True)
+        try:
+            follow(file, endpoint, registry, status, stop)
+        finally:
+            status.unlink(missing_ok=True)
         print("stopping", flush=True)
     return 130
 
 
-def served_models(folder: str) -> list[ServedModel]:
-    """The base and the aligned model of a run.
+def follow(file: RegistryFile, endpoint: Endpoint, registry: Registry, status: Path, stop: threading.Event) -> None:
+    """Apply each change of the registry, and say in status.json which one is in force."""
+
+    def say(fault: str) -> None:
+        part = status.with_suffix(".part")
+        part.write_text(json.dumps({"serial": registry.serial, "fault": fault}))
+        os.replace(part, status)
+
+    def beat() -> None:
+        while not stop.wait(WATCH_S):
+            with suppress(FileNotFoundError):
+                os.utime(status)
+
+    say("")
+    threading.Thread(target=beat, daemon=True).start()
+    while not stop.wait(WATCH_S):
+        if (found := file.read()).serial != registry.serial:
+            registry = found
+            fault = endpoint.apply(registry)
+            say(fault)
+            print(fault or f"aligned is {registry.aligned.name}", flush=True)
+
+
+def announce(file: RegistryFile, before: Registry) -> int:
+    """Wait until a running server serves what the registry now wants; returns the exit code.
 
     Raises:
-        DataError: the folder is no run, or its model was not written yet.
+        ClusterError: it cannot, so the registry is as `before` again.
+    """
+    wanted = file.read()
+    share = f"; {wanted.candidate.version} gets {wanted.candidate.share:g} of it" if wanted.candidate else ""
+    print(f"aligned is {wanted.aligned.name}{share}")
+    status = file.folder / "status.json"
+    deadline = time.monotonic() + ANNOUNCE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if not status.is_file() or time.time() - status.stat().st_mtime > SILENT_S:
+            print("no server is running; the next one will serve it")
+            return 0
+        said = json.loads(status.read_text())
+        if said["serial"] >= wanted.serial and said["fault"]:
+            with file.locked():
+                if file.read() == wanted:  # nobody has changed it since
+                    file.write(replace(before, serial=wanted.serial), "taken back", fault=said["fault"])
+            raise ClusterError(f"the server cannot serve it, so nothing was changed: {said['fault']}")
+        if said["serial"] >= wanted.serial:
+            print("the server serves it")
+            return 0
+        time.sleep(WATCH_S / 5)
+    raise ClusterError(f"the server did not take the change within {ANNOUNCE_TIMEOUT_S:.0f} s; look at what it prints")
+
+
+def address(settings: ServeSettings) -> str:
+    """Where this machine reaches the endpoint."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def check_door(settings: ServeSettings) -> None:
+    """A server that asks for keys must refuse whoever has none.
+
+    Raises:
+        ClusterError: it does not, or does not answer.
+    """
+    import httpx
+
+    url = f"{address(settings)}/v1/models"
+    try:
+        status = httpx.get(url, timeout=DOOR_TIMEOUT_S, trust_env=False).status_code
+    except httpx.HTTPError as error:
+        raise ClusterError(f"{url} does not answer ({first_line(error)}); is host={settings.host} right?") from error
+    expected = 401 if settings.asks_for_keys else 200
+    if status != expected:
+        raise ClusterError(f"{url} answers {status} without a key, but {expected} was expected; nothing is served")
+
+
+def register(registry: Registry | None, folder: str) -> tuple[Registry, Version]:
+    """The registry with the model of a run as a version, and that version.
+
+    Raises:
+        DataError: the folder is no run, its model was not written yet, or it was made from another base.
     """
     path = Path(folder)
     if not (path / "config.yaml").is_file():
         raise DataError(f"{folder} is no run folder (no config.yaml); give the run.dir of a finished run")
     config = load_config(AlignConfig, str(path / "config.yaml"), [])
-    aligned = path / "model"
-    if not aligned.is_dir():
+    model = path / "model"
+    if not model.is_dir():
         raise DataError(f"{folder} has no model yet; let the run finish, or go on with it by --resume")
-    base = resolve_model(config.policy.model)
+    base = model_folder(config.policy.model)
+    rank = 0
     if config.policy.lora is not None:
-        aligned = merge_adapter(base, aligned, path / "merged", config.policy.precision)
-    return [
-        ServedModel(
-            name=name,
-            folder=model,
+        described = json.loads((model / "adapter_config.json").read_text())
+        if described["use_dora"]:  # vLLM refuses it
+            model = merge_adapter(base, model, path / "merged", config.policy.precision)
+        else:
+            rank = next(one for one in ENGINE_RANKS if one >= described["r"])
+    revision = weights_digest(str(model))
+    if registry is None:
+        registry = Registry(
+            base=Version(BASE, base, weights_digest(base), created=int(time.time())),
             precision=config.policy.precision,
             max_length=config.policy.max_length,
             max_images=config.rollout.max_images,
-            gpus=int(config.rollout.resources.gpus),
         )
-        for name, model in (("base", base), ("aligned", str(aligned)))
-    ]
+    if registry.base.revision != weights_digest(base):
+        raise DataError(
+            f"{folder} was made from {base}, but what is served is made from {registry.base.folder}, which has other "
+            f"weights; serve it from a folder of its own, dir=…"
+        )
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).strip("-") or "run"
+    name = f"{slug}-{revision[: REVISION_DIGITS // 2]}"
+    if name in registry.versions:
+        return registry, registry.versions[name]
+    summary = path / "summary.json"
+    step = json.loads(summary.read_text())["policy_version"] if summary.is_file() else 0
+    version = Version(name, str(model), revision, str(path), rank, step, int(time.time()))
+    return replace(registry, versions={**registry.versions, name: version}), version
+
+
+def model_folder(model: str) -> str:
+    """The folder of a model; one of the hub is downloaded if need be."""
+    resolved = resolve_model(model)
+    if Path(resolved).is_dir():
+        return resolved
+    from huggingface_hub import snapshot_download
+
+    return str(snapshot_download(resolved))
 
 
 if __name__ == "__main__":

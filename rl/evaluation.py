@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rl.types import Completion, Judgement, Prompt
 from rl.world.grading import hallucinated, is_correct, mentions, says_yes
@@ -25,6 +25,17 @@ class BaseAnswer(NamedTuple):
 
     completion: Completion
     score: float | None
+
+
+def stored_answers(evaluation: Mapping[str, Any]) -> dict[str, BaseAnswer]:
+    """The answers of a stored evaluation, as text without tokens, by prompt id."""
+    return {
+        row["prompt_id"]: BaseAnswer(
+            Completion(row["prompt_id"], (), (), row["answer"], (), evaluation["version"], "stop"),
+            row["judgement"]["score"],
+        )
+        for row in evaluation["answers"]
+    }
 
 
 def measure(answers: Sequence[Answer], base: Mapping[str, BaseAnswer], absolute: bool = True) -> dict[str, float]:

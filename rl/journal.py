@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rl.evaluation import Answer, BaseAnswer
+from rl.evaluation import Answer, BaseAnswer, stored_answers
 from rl.store import RunFolder, evaluation_file, read_evaluations
-from rl.types import Completion, PairBatch
+from rl.types import PairBatch
 
 WATCH_S = 1.0
 COUNTS = ("prompts", "completions", "tokens", "pairs", "ties", "identical", "unjudged", "abstentions", "too_long")
@@ -96,12 +96,7 @@ class Journal:
         """The base's held-out answers, as text without tokens, by prompt id; none before it is evaluated."""
         if not self._store.exists(evaluation_file(0)):
             return {}
-        return {
-            row["prompt_id"]: BaseAnswer(
-                Completion(row["prompt_id"], (), (), row["answer"], (), 0, "stop"), row["judgement"]["score"]
-            )
-            for row in self._store.read_json(evaluation_file(0))["answers"]
-        }
+        return stored_answers(self._store.read_json(evaluation_file(0)))
 
     def warn(self, text: str) -> None:
         """Something a person should know at once."""

@@ -1,59 +1,263 @@
-"""The serving application: several models behind one OpenAI endpoint, on `ray.serve.llm`."""
+"""The serving application: a gateway and its engines on Ray Serve, deployed once and changed while they answer."""
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 from cluster.connect import ActorResources, Role, cpu_engine_variables
 from cluster.errors import ClusterError
+from serve.settings import EngineSettings, ServeSettings
+from serve.versions import Registry, Version, assign
 
 APP = "raylign"
-ENGINE_CPUS = 0.75
+GATEWAY = "gateway"
+BASE = "base"
 REPLICA_CPUS = 0.25
 """The part of an engine's CPUs that Ray Serve's replica reserves; vLLM gets the rest."""
-INGRESS_CPUS = 0.25
+GATEWAY_CPUS = 0.25
+GATEWAY_REQUESTS = ENGINE_REQUESTS = 100_000
+"""More than ever: the gateway itself counts what it lets in."""
 START_TIMEOUT_S = 900.0
+CHANGE_TIMEOUT_S = 900.0
+ASK_TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """One model behind the endpoint."""
-
-    name: str
-    """What clients ask for."""
-    folder: str
-    """Hugging Face model folder."""
-    precision: str
-    max_length: int
-    """Tokens of prompt and completion together."""
-    max_images: int
-    gpus: int
-    """GPUs of one replica; 0 serves on the CPU."""
-
-
-def build_app(models: Sequence[ServedModel]) -> Any:
-    """A Ray Serve application that answers OpenAI requests for each of `models` under its name."""
-    from ray.serve.llm import LLMConfig, build_openai_app
-
-    return build_openai_app(
-        {
-            "llm_configs": [LLMConfig(**_llm_config(model)) for model in models],
-            "ingress_deployment_config": {"ray_actor_options": {"num_cpus": INGRESS_CPUS}},
-        }
-    )
-
-
-def roles(models: Sequence[ServedModel]) -> list[Role]:
+def roles(settings: ServeSettings, registry: Registry) -> list[Role]:
     """The actors that serving places."""
-    engine = ActorResources(cpus=ENGINE_CPUS, gpus=max((model.gpus for model in models), default=0))
-    return [Role("engine", len(models), engine), Role("ingress", 1, ActorResources(cpus=INGRESS_CPUS))]
+    engines = len(engine_names(settings, registry)) * settings.engine.replicas
+    return [
+        Role("engine", engines, settings.engine.resources),
+        Role(GATEWAY, 1, ActorResources(cpus=GATEWAY_CPUS)),
+    ]
+
+
+def engine_names(settings: ServeSettings, registry: Registry) -> list[str]:
+    """The base's engine, and slots for versions with weights of their own if there are any."""
+    whole = any(not version.rank for version in registry.versions.values())
+    return [BASE, *(f"slot-{number}" for number in range(1, settings.engine.slots + 1) if whole)]
+
+
+def application(args: dict[str, Any]) -> Any:
+    """Ray Serve's application from JSON arguments; named by `import_path` in what is deployed."""
+    from ray import serve
+    from ray.serve.llm import LLMConfig
+
+    from serve.engine import Engine
+    from serve.gateway import Gateway
+
+    engines = {}
+    for name in args["engines"]:
+        config = LLMConfig(**engine_config(name, args))
+        options = Engine.get_deployment_options(config)
+        engines[name] = serve.deployment(Engine).options(**options, name=name).bind(config)
+    gateway: Any = serve.deployment(serve.ingress()(Gateway)).options(
+        name=GATEWAY,
+        max_ongoing_requests=GATEWAY_REQUESTS,
+        ray_actor_options={"num_cpus": GATEWAY_CPUS},
+    )
+    return gateway.bind(args["settings"], engines, args["placeholders"])
+
+
+def engine_config(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `ray.serve.llm`'s LLMConfig for one engine."""
+    settings = EngineSettings(**args["settings"]["engine"])
+    on_cpu = settings.resources.gpus == 0
+    config: dict[str, Any] = {
+        "model_loading_config": {"model_id": name, "model_source": args["model"]},
+        "engine_kwargs": {
+            "dtype": args["precision"],
+            "max_model_len": args["max_length"],
+            "max_num_seqs": settings.max_sequences,
+            "limit_mm_per_prompt": {"image": args["max_images"]},
+            "enforce_eager": on_cpu,
+            "gpu_memory_utilization": settings.gpu_memory_fraction,
+            "tensor_parallel_size": max(1, int(settings.resources.gpus)),
+            # vLLM rewinds the generator of a seeded request whose prompt was cut; a CPU generator cannot.
+            "enable_chunked_prefill": not on_cpu,
+            "disable_log_stats": True,
+        },
+        "deployment_config": {
+            "num_replicas": settings.replicas,
+            "max_ongoing_requests": ENGINE_REQUESTS,
+            "ray_actor_options": {"num_cpus": REPLICA_CPUS},
+            "health_check_period_s": 5,
+        },
+        "log_engine_metrics": False,
+    }
+    if name == BASE and args["max_rank"]:
+        config["engine_kwargs"] |= {
+            "enable_lora": True,
+            "max_loras": settings.adapters,
+            "max_cpu_loras": 2 * settings.adapters,  # old and new ones together, while names change
+            "max_lora_rank": args["max_rank"],
+        }
+    if on_cpu:
+        config["accelerator_config"] = {"kind": "cpu"}
+        config["placement_group_config"] = {"bundles": [{"CPU": max(0.0, settings.resources.cpus - REPLICA_CPUS)}]}
+        variables = cpu_engine_variables(settings.resources.threads, settings.cpu_cache_gib)
+        config["runtime_env"] = {"env_vars": variables}
+    return config
+
+
+class Endpoint:
+    """The running application, and the way to change what it serves."""
+
+    def __init__(self, settings: ServeSettings, args: dict[str, Any]):
+        self._settings = settings
+        self._args = args
+        self._slots: list[str | None] = [None] * (len(args["engines"]) - 1)
+        self._holds: dict[str, list[Version]] = {}
+        self._table: dict[str, Any] = {}
+        self._serial = 0
+
+    def apply(self, registry: Registry) -> str:
+        """Serve what the registry wants: first the engines load it, then the names lead there, then the engines let go
+        of what no name leads to.
+
+        Returns why a version that is needed cannot be served, "" if nothing went wrong; then what was served before
+        still is. Other versions that cannot be loaded are left out.
+        """
+        slots = assign(registry.wanted, self._slots)
+        fitting = [one for one in registry.wanted if 0 < one.rank <= self._args["max_rank"]]
+        holds: dict[str, list[Version]] = {BASE: [registry.base, *fitting[: self._settings.engine.adapters]]}
+        for number, name in enumerate(slots, start=1):
+            holds[f"slot-{number}"] = [registry.versions[name]] if name else [registry.base]
+        if fault := _unplaced(registry, holds):
+            return fault
+        table = self._table or gateway_table(registry, holds, ready=False)
+        try:
+            self._deploy({name: _union(versions, self._holds.get(name, ())) for name, versions in holds.items()}, table)
+            if not self._table:
+                _wait_until_running()
+            faults = self._wait_for_engines()
+            if fault := next((faults[one] for one in registry.needed if one in faults), ""):
+                raise ClusterError(fault)
+        except ClusterError as error:
+            if self._table:
+                self._deploy(self._holds, self._table)
+            return str(error)
+        for name, why in faults.items():
+            print(f"{name} is not served: {why}", flush=True)
+        holds = {name: [one for one in held if one.name not in faults] for name, held in holds.items()}
+        self._slots, self._holds = slots, holds
+        self._table = gateway_table(registry, holds)
+        try:
+            self._deploy(self._holds, self._table)
+            self._wait_for(GATEWAY, "table", lambda found: found == self._table)
+            self._wait_for_engines()
+        except ClusterError as error:
+            return str(error)
+        return ""
+
+    def _deploy(self, holds: dict[str, list[Version]], table: dict[str, Any]) -> None:
+        """Only `user_config` ever differs, so Serve changes the running replicas instead of starting new ones."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        self._serial += 1
+        configs: dict[str, Any] = {
+            name: {"serial": self._serial, "versions": [asdict(one) for one in versions]}
+            for name, versions in holds.items()
+        }
+        configs[GATEWAY] = table
+        app = {
+            "name": APP, "route_prefix": "/", "import_path": "serve.app:application", "args": self._args,
+            "deployments": [{"name": name, "user_config": config} for name, config in configs.items()],
+        }  # fmt: skip
+        http = {"host": self._settings.host, "port": self._settings.port}
+        schema = ServeDeploySchema.model_validate({"applications": [app], "http_options": http})
+        _get_global_client().deploy_apps(schema)
+
+    def _wait_for_engines(self) -> dict[str, str]:
+        """Wait until every replica took its last change; returns why versions could not be loaded, by their names."""
+        faults: dict[str, str] = {}
+        for name in self._args["engines"]:
+            for _, _, found in self._wait_for(name, "state", lambda state: state[0] == self._serial):
+                faults |= found
+        return faults
+
+    def _wait_for(self, deployment: str, method: str, reached: Callable[[Any], bool]) -> list[Any]:
+        """Ask every replica until each answer is as wanted; returns the answers.
+
+        Raises:
+            ClusterError: that takes too long.
+        """
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        handle = serve.get_deployment_handle(deployment, APP)
+        deadline = time.monotonic() + CHANGE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            # A replica may be lost meanwhile, or be just changing, and then is not asked.
+            with suppress(RayError, RayServeException, TimeoutError):
+                answers = handle.broadcast(method).results(timeout_s=ASK_TIMEOUT_S)
+                if answers and all(map(reached, answers)):
+                    return list(answers)
+            time.sleep(0.2)
+        raise ClusterError(f"{deployment} did not take a change within {CHANGE_TIMEOUT_S:.0f} s; see `serve status`")
+
+
+def _union(versions: Sequence[Version], before: Sequence[Version]) -> list[Version]:
+    """What an engine holds while names change: adapters old and new, but only the new weights of its own."""
+    names = {version.name for version in versions}
+    return [*versions, *(one for one in before if one.rank and one.name not in names)]
+
+
+def _unplaced(registry: Registry, holds: dict[str, list[Version]]) -> str:
+    """Why a version that must be served has no place; "" if all have one."""
+    held = {version.name for versions in holds.values() for version in versions}
+    missing = [name for name in registry.needed if name not in held]
+    if not missing:
+        return ""
+    if registry.versions[missing[0]].rank:
+        return f"the base's engine was started without room for the adapter {missing[0]}; start `raylign serve` again"
+    slots = len(holds) - 1
+    return f"there is no engine for {missing[0]}; start `raylign serve` again with engine.slots={slots + 1}"
+
+
+def gateway_table(registry: Registry, holds: dict[str, list[Version]], ready: bool = True) -> dict[str, Any]:
+    """The gateway's `user_config`: which names there are, where each leads, and whether the engines are there."""
+    routes = {
+        version.name: [engine, version.name if version.rank else "", version.name]
+        for engine, versions in holds.items()
+        for version in versions
+        if engine == BASE or version.name != BASE
+    }
+    aligned = registry.aligned
+    named = {BASE: registry.base, "aligned": aligned} | {n: registry.versions[n] for n in routes if n != BASE}
+    candidate = registry.candidate
+    return {
+        "ready": ready,
+        "routes": {**routes, "aligned": routes[aligned.name]},
+        "aligned": aligned.name,
+        "candidate": asdict(candidate) if candidate and candidate.version in routes else None,
+        "max_images": registry.max_images,
+        "cards": {name: card(name, version, registry) for name, version in named.items()},
+    }
+
+
+def card(name: str, version: Version, registry: Registry) -> dict[str, Any]:
+    """One entry of /v1/models."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": version.created,
+        "owned_by": "raylign",
+        "parent": None if version.name == BASE else BASE,
+        "max_model_len": registry.max_length,
+        "max_images": registry.max_images,
+        "version": version.name,
+        "revision": version.revision,
+        "step": version.step,
+    }
 
 
 @contextmanager
-def running_app(models: Sequence[ServedModel], host: str, port: int) -> Iterator[None]:
+def running_app(settings: ServeSettings, registry: Registry, placeholders: list[str]) -> Iterator[Endpoint]:
     """Deploy the application on a running Ray cluster; inside the block it answers, after it is gone.
 
     Raises:
@@ -68,14 +272,24 @@ def running_app(models: Sequence[ServedModel], host: str, port: int) -> Iterator
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         raise ClusterError(
             "Ray Serve runs on this cluster already, with an address of its own and perhaps other people's models; end "
-            "it with `serve shutdown`, or leave --address out to serve on a cluster of your own"
+            "it with `serve shutdown`, or leave cluster.address out to serve on a cluster of your own"
         )
-    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
+    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config={"log_level": "ERROR"})
+    args = {
+        "settings": settings.model_dump(mode="json"),
+        "engines": engine_names(settings, registry),
+        "model": registry.base.folder,
+        "precision": registry.precision,
+        "max_length": registry.max_length,
+        "max_images": registry.max_images,
+        "max_rank": max((version.rank for version in registry.versions.values()), default=0),
+        "placeholders": placeholders,
+    }
     try:
-        target = serve.RunTarget(build_app(models), name=APP, route_prefix="/")
-        serve.run_many([target], wait_for_applications_running=False)
-        _wait_until_running()
-        yield
+        endpoint = Endpoint(settings, args)
+        if fault := endpoint.apply(registry):
+            raise ClusterError(f"serving could not start: {fault}")
+        yield endpoint
     finally:
         serve.shutdown()
 
@@ -93,23 +307,3 @@ def _wait_until_running() -> None:
             raise ClusterError(f"serving could not start: {reasons[0].strip().splitlines()[-1][:300]}")
         time.sleep(0.5)
     raise ClusterError(f"serving did not start within {START_TIMEOUT_S:.0f} s; `serve status` says what it waits for")
-
-
-def _llm_config(model: ServedModel) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "model_loading_config": {"model_id": model.name, "model_source": model.folder},
-        "engine_kwargs": {
-            "dtype": model.precision,
-            "max_model_len": model.max_length,
-            "limit_mm_per_prompt": {"image": model.max_images},
-            "enforce_eager": model.gpus == 0,
-            "tensor_parallel_size": max(1, model.gpus),
-        },
-        "deployment_config": {"num_replicas": 1, "ray_actor_options": {"num_cpus": REPLICA_CPUS}},
-        "log_engine_metrics": False,
-    }
-    if model.gpus == 0:
-        config["accelerator_config"] = {"kind": "cpu"}
-        config["placement_group_config"] = {"bundles": [{"CPU": ENGINE_CPUS - REPLICA_CPUS}]}
-        config["runtime_env"] = {"env_vars": cpu_engine_variables(threads=1, cache_gib=1)}
-    return config

@@ -73,8 +73,10 @@ def make_processor(tokenizer: "PreTrainedTokenizerFast") -> "LlavaProcessor":
     )
 
 
-def make_model(seed: int, tokenizer: "PreTrainedTokenizerFast") -> "LlavaForConditionalGeneration":
-    """A LLaVA of about 3 M parameters with random weights."""
+def make_model(
+    seed: int, tokenizer: "PreTrainedTokenizerFast", width: int = 192, layers: int = 4
+) -> "LlavaForConditionalGeneration":
+    """A LLaVA with random weights, by default of 3 M parameters; `width` and `layers` are its language model's."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -89,11 +91,11 @@ def make_model(seed: int, tokenizer: "PreTrainedTokenizerFast") -> "LlavaForCond
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,

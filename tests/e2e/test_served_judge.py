@@ -11,7 +11,9 @@ from rl.judges import JudgeContext, JudgeSettings
 from rl.policy import save_checkpoint
 from rl.types import Judgement
 from rl.world.checkpoint import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_processor
-from serve.app import ServedModel, running_app
+from serve.app import running_app
+from serve.settings import ServeSettings
+from serve.versions import Registry, Version, weights_digest
 from tests.conftest import make_completion, make_prompt
 from tests.e2e.conftest import Cluster, free_port
 
@@ -41,10 +43,11 @@ def test_an_untrained_model_behind_our_endpoint_gives_valid_verdicts(cluster: Cl
     save_checkpoint(model, dict(model.state_dict()), make_processor(tokenizer), tmp_path / "judge")
     port = free_port()
     connect(ClusterSettings(address=cluster.address))
-    served = ServedModel("judge", str(tmp_path / "judge"), "float32", POSITIONS, max_images=1, gpus=0)
-    with running_app([served], "127.0.0.1", port):
+    folder = str(tmp_path / "judge")
+    served = Registry(Version("base", folder, weights_digest(folder)), "float32", POSITIONS, max_images=1)
+    with running_app(ServeSettings(dir=str(tmp_path), port=port), served, ["<image>"]):
         fields = {
-            "kind": "openai", "model": "judge", "base_url": f"http://127.0.0.1:{port}/v1", "temperature": 1.0,
+            "kind": "openai", "model": "base", "base_url": f"http://127.0.0.1:{port}/v1", "temperature": 1.0,
             "max_output_tokens": 4000, "cache": None, "timeout_s": 300, "retries": 0,
         }  # fmt: skip
         graded, pairwise = asyncio.run(ask(fields, tmp_path))

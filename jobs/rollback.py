@@ -1,0 +1,30 @@
+"""`raylign rollback`: put the version behind the name `aligned` that was there before."""
+
+import sys
+from collections.abc import Sequence
+
+from jobs.cli import job_parser, run
+from jobs.serve import announce, parse
+from serve.settings import ServeSettings
+from serve.versions import RegistryFile
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse the command line, change the registry and wait for the server; returns the exit code."""
+    parser = job_parser(
+        "rollback", "Put the version behind the name `aligned` that was there before: here, and in a running server.",
+        ServeSettings, positional=False,
+    )  # fmt: skip
+    options, settings = parse(parser, arguments)
+    if options.runs:
+        parser.error("rollback takes no run: it goes back by one version")
+    file = RegistryFile(settings.dir)
+    with file.locked():
+        before = file.read()
+        wanted = before.roll_back()
+        file.write(wanted, "rolled back", version=wanted.aligned.name)
+    return announce(file, before)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,185 @@
+"""The versions of the model that can be served, which of them is behind the name `aligned`, and how it got there."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cluster.errors import DataError
+
+LOCK_TIMEOUT_S = 30.0
+REVISION_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Version:
+    """One set of weights that can be served."""
+
+    name: str
+    """What clients may ask for; `base`, or the run's name and the first digits of the revision."""
+    folder: str
+    """Hugging Face model folder, or PEFT adapter."""
+    revision: str
+    """The first digits of the SHA-256 of the weights."""
+    run: str = ""
+    """The run that made it."""
+    rank: int = 0
+    """Of an adapter, which the base's engine holds; 0 for weights of its own."""
+    step: int = 0
+    """Policy version within the run."""
+    created: int = 0
+    """When it was registered, in seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A version that gets a share of what is asked of `aligned`."""
+
+    version: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What is known and wanted; stored in registry.json."""
+
+    base: Version
+    precision: str
+    max_length: int
+    """Tokens of prompt and completion together."""
+    max_images: int
+    versions: dict[str, Version] = field(default_factory=dict)
+    """By name, the oldest first; without the base."""
+    promoted: tuple[str, ...] = ()
+    """Names of the versions that were `aligned`, the present one last."""
+    candidate: Candidate | None = None
+    serial: int = 0
+    """Counts the changes that were stored."""
+
+    @property
+    def aligned(self) -> Version:
+        """What the name `aligned` stands for; the base before anything is promoted."""
+        return self.versions[self.promoted[-1]] if self.promoted else self.base
+
+    @property
+    def wanted(self) -> list[Version]:
+        """The versions in the order in which they are to be served, as far as there is room: what is asked for most
+        first, then what a rollback would need, then the newest."""
+        names = [*self.promoted[-1:], *([self.candidate.version] if self.candidate else []), *self.promoted[-2::-1]]
+        names += list(self.versions)[::-1]
+        return [self.versions[name] for name in dict.fromkeys(names)]
+
+    @property
+    def needed(self) -> list[str]:
+        """Names of the versions without which nothing can be served."""
+        return [self.aligned.name, *([self.candidate.version] if self.candidate else [])]
+
+    def promote(self, name: str) -> "Registry":
+        """With the version behind the name `aligned`; it is no candidate any more."""
+        candidate = None if self.candidate and self.candidate.version == name else self.candidate
+        return replace(self, promoted=(*self.promoted, name), candidate=candidate)
+
+    def roll_back(self) -> "Registry":
+        """With the version behind `aligned` that was there before.
+
+        Raises:
+            DataError: there was none.
+        """
+        if len(self.promoted) < 2:
+            raise DataError("there is no version before this one to go back to")
+        return replace(self, promoted=self.promoted[:-1])
+
+
+def assign(wanted: Sequence[Version], slots: Sequence[str | None]) -> list[str | None]:
+    """Which version each slot is to hold: the first of `wanted` that have weights of their own, as far as there are
+    slots. A version that is in a slot stays there."""
+    names = [version.name for version in wanted if not version.rank][: len(slots)]
+    kept = [name if name in names else None for name in slots]
+    new = iter([name for name in names if name not in kept])
+    return [name or next(new, None) for name in kept]
+
+
+class RegistryFile:
+    """registry.json in the serving folder, and the log of what was decided beside it."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self._path = self.folder / "registry.json"
+
+    @property
+    def exists(self) -> bool:
+        return self._path.is_file()
+
+    def read(self) -> Registry:
+        """What is stored.
+
+        Raises:
+            DataError: there is nothing.
+        """
+        if not self.exists:
+            raise DataError(f"{self.folder} has no registry.json; start serving with `raylign serve RUN`")
+        stored: dict[str, Any] = json.loads(self._path.read_text())
+        return Registry(
+            **stored
+            | {
+                "base": Version(**stored["base"]),
+                "versions": {name: Version(**one) for name, one in stored["versions"].items()},
+                "promoted": tuple(stored["promoted"]),
+                "candidate": Candidate(**stored["candidate"]) if stored["candidate"] else None,
+            }
+        )
+
+    def write(self, registry: Registry, event: str, **values: Any) -> None:
+        """Store it whole, and add a line to decisions.jsonl."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_suffix(".part")
+        registry = replace(registry, serial=registry.serial + 1)
+        part.write_text(json.dumps(asdict(registry), indent=1) + "\n")
+        os.replace(part, self._path)
+        with (self.folder / "decisions.jsonl").open("a") as file:
+            file.write(json.dumps({"time": round(time.time()), "event": event, **values}) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process changes the registry.
+
+        Raises:
+            DataError: another holds it for too long.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / "registry.lock", timeout=LOCK_TIMEOUT_S):
+                yield
+        except Timeout as error:
+            raise DataError(f"{self.folder} is being changed by another process; try again") from error
+
+
+def weights_digest(folder: str) -> str:
+    """The first digits of the SHA-256 of all weights in a model folder.
+
+    Raises:
+        DataError: it has none, or a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{folder} has no *.safetensors weights")
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise DataError(f"{file} is damaged ({error}); write the model anew") from error
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:REVISION_DIGITS]
