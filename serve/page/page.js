@@ -157,7 +157,9 @@ async function answer(turn, messages) {
   if (!blind || !votable) reveal(sides);
   if (votable) offerVotes(turn, sides);
   else turn.querySelector(".votes").hidden = true;
-  say(sides.map((side, index) => `${["Left", "Right"][index]}: ${side.text || "no answer"}`).join(" "));
+  say("");
+  const read = sides.map((side, index) => `${["Left", "Right"][index]}: ${side.text || "no answer"}`);
+  byId("announced").textContent = read.join(" ");
   turn.scrollIntoView({ block: "end" });
   return usable.length > 0;
 }

@@ -188,4 +188,4 @@ def test_every_control_has_a_name_and_the_answers_are_announced(page: Any, pictu
         .filter((one) => one.offsetParent && !(one.innerText || one.ariaLabel || one.labels?.length))
         .map((one) => one.outerHTML)""")
     assert nameless == []
-    assert "Left: there is a red circle" in page.get_by_role("status").inner_text()
+    assert "Left: there is a red circle" in page.locator("#announced[aria-live=polite]").inner_text()
