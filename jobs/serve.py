@@ -55,7 +55,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(parser: Any, arguments: Sequence[str]) -> tuple[Any, ServeSettings]:
     """Options and settings of a command that takes runs and overrides of the serving config."""
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run, for example runs/demo")
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN | key=value", help="run folders, and fields of the config below"
+    )
     parser.add_argument("--config", help="YAML file with the fields below")
     options = parser.parse_intermixed_args(arguments)
     overrides = [one for one in options.runs if "=" in one]
