@@ -39,6 +39,7 @@ def load_config(model: type[Config], path: str | None, overrides: Sequence[str])
             one sentence per fault, one per line.
     """
     values = _read(path) if path else {}
+    _check_contradictions(overrides)
     # A choice of kind first, whatever the order: the other fields depend on it.
     for override in sorted(overrides, key=lambda one: not one.partition("=")[0].endswith(".kind")):
         _apply(model, values, override)
@@ -119,6 +120,16 @@ def _read(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} must hold a mapping of fields, not a {type(values).__name__}")
     return values
+
+
+def _check_contradictions(overrides: Sequence[str]) -> None:
+    """Refuse an override of a whole section by one value beside overrides of its fields, which would be lost."""
+    keys = [override.partition("=")[0] for override in overrides]
+    for override in overrides:
+        key, _, text = override.partition("=")
+        inside = next((one for one in keys if one.startswith(f"{key}.")), None)
+        if inside and not text.strip().startswith("{"):
+            raise ConfigError(f"overrides {override} and {inside}=… contradict one another: leave one of them out")
 
 
 def _apply(model: type[BaseModel], values: dict[str, Any], override: str) -> None:

@@ -88,6 +88,7 @@ class Console:
         if self._lines % HEADER_EVERY == 0:
             print(f"{'step':>9} " + " ".join(f"{name:>{width}}" for name, width, _ in columns))
         self._lines += 1
-        cells = " ".join(f"{shape.format(**row):>{width}}" for _, width, shape in columns)
+        texts = [(width, shape.format(**row)) for _, width, shape in columns]
+        cells = " ".join(f"{'-' if text == 'nan' else text:>{width}}" for width, text in texts)
         print(f"{row['step']:>4}/{steps:<4} {cells}", flush=True)
         self._row = None

@@ -13,7 +13,7 @@ from jobs.cli import job_parser, run
 from rl.data import WorldData
 from rl.evaluation import Answer, measure
 from rl.judges.oracle import OracleJudge
-from rl.policy import PolicySettings, resolve_model
+from rl.policy import PolicySettings, whole_model
 from rl.render import with_suffix
 from rl.rollout import Rollouts, RolloutSettings, SamplingSettings, start_rollouts
 from rl.types import Prompt
@@ -22,15 +22,16 @@ from rl.types import Prompt
 def main(arguments: Sequence[str]) -> int:
     """Parse the command line, sample and measure; returns the exit code."""
     parser = job_parser("evaluate", "Measure a model on the tiny world; prints JSON.")
-    parser.add_argument("model", help="model folder, for example rl/world/base or runs/demo/model")
+    parser.add_argument("model", help="model folder or PEFT adapter, for example rl/world/base or runs/demo/model")
     parser.add_argument("--scenes", type=int, default=400, help="scenes, five prompts each (default: 400)")
     parser.add_argument("--split", choices=("validation", "heldout"), default="heldout")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is above 0")
     parser.add_argument("--suffix", help="a line behind every user message, such as a SteerLM model's wanted grades")
     options = parser.parse_args(arguments)
-    model = resolve_model(options.model)
     settings = RolloutSettings()
+    merged = tempfile.TemporaryDirectory(prefix="raylign-merged-")
+    model = whole_model(options.model, Path(merged.name), "float32")
     connect(ClusterSettings())
     check_room([Role("rollout worker", 1, settings.resources)])
     data = WorldData(prompts=1, heldout_scenes=options.scenes, heldout_split=options.split)

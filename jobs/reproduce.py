@@ -174,10 +174,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("experiment", choices=("world",))
     parser.add_argument("folder", nargs="?", default="runs/reproduce", help="gone on with if it is there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    known = ", ".join(map(repr, METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=known)
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.methods) - set(METHODS)):
-        raise ConfigError(f"--methods: {unknown[0]!r} is none of {', '.join(METHODS)}")
+        parser.error(f"--methods: {unknown[0]!r} is none of {known}")
     if "://" in options.folder:
         raise ConfigError(f"folder: {options.folder} is no local folder, which this job needs")
     folder = Path(run_address(options.folder))

@@ -101,6 +101,11 @@ class AlignConfig(Settings):
         made = parts(self.pairs)
         self._check_reference()
         self._check_loss(made)
+        if self.loop.stale == "weight" and made.sampled is None:
+            raise ConfigError(
+                f"loop.stale is weight, but pairs.kind {self.pairs.kind} has no log-probs of a sampler to weigh by: "
+                f"leave it out"
+            )
         if made.needs_engines:
             self._check_engines(made)
         if made.sampled is not None:
@@ -114,7 +119,8 @@ class AlignConfig(Settings):
         elif loop.sync_every > loop.max_lag + 1 and loop.stale == "drop" and not made.stored:
             raise ConfigError(
                 f"loop.sync_every is {loop.sync_every}, but with loop.max_lag {loop.max_lag} pairs would be too old "
-                f"before newer weights come: set loop.max_lag to {loop.sync_every - 1} or more, or loop.stale to weight"
+                f"before newer weights come: set loop.max_lag to {loop.sync_every - 1} or more"
+                + (", or loop.stale to weight" if made.sampled else "")
             )
         if max(sampling.max_tokens, loop.eval_max_tokens) >= self.policy.max_length:
             raise ConfigError(

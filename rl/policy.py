@@ -209,6 +209,19 @@ def save_checkpoint(
     processor.save_pretrained(folder)
 
 
+def whole_model(model: str, folder: Path, precision: Precision) -> str:
+    """The model itself, or if it is a PEFT adapter its base with the adapter merged in, written to `folder`.
+
+    Raises:
+        DataError: it is neither.
+    """
+    path = Path(model).expanduser()
+    if not (path / "adapter_config.json").is_file():
+        return resolve_model(model, "model")
+    base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return str(merge_adapter(resolve_model(base, "base_model_name_or_path of the adapter"), path, folder, precision))
+
+
 def merge_adapter(base: str, adapter: Path, folder: Path, precision: Precision) -> Path:
     """Write the base with a PEFT adapter merged into it to `folder`, unless that very one is there; returns it."""
     from peft import PeftModel

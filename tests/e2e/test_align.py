@@ -151,11 +151,11 @@ def _merge(folder: Path) -> bool:
     """Whether the adapter, merged into its base, changes it."""
     import torch
 
-    from rl.policy import load_model, merge_adapter, resolve_model
+    from rl.policy import load_model, resolve_model, whole_model
 
     base = resolve_model("rl/world/base")
-    merged = merge_adapter(base, folder / "model", folder / "merged", "float32")
-    before, after = load_model(base, "float32").state_dict(), load_model(str(merged), "float32").state_dict()
+    merged = whole_model(str(folder / "model"), folder / "merged", "float32")
+    before, after = load_model(base, "float32").state_dict(), load_model(merged, "float32").state_dict()
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 

@@ -83,7 +83,7 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ("data={kind: files}", "data.train is required"),
         ("data={kind: files, train: a, heldout: b, prompts: 3}", "data.prompts is a field of another kind"),
         ("loop.steps", "not of the form key=value"),
-        ("loop.steps.more=3", "not a section"),
+        ("loop.steps.more=3", "contradict one another"),
         ("loop.sync_every=3", "set loop.max_lag to 2 or more"),
         ("rollout.sampling.completions=1", "a pair needs two"),
         ("rollout.sampling.temperature=0", "set it above 0"),
@@ -166,6 +166,24 @@ def test_how_old_the_engines_may_be_before_a_step(
 ) -> None:
     config = load_config(AlignConfig, empty, [f"loop.max_lag={max_lag}", f"loop.sync_every={sync_every}"])
     assert [config.sampled_from(step) for step in range(1, 6)] == versions
+
+
+@pytest.mark.parametrize("kind", ["bdhs", "povid"])
+def test_pairs_that_no_sampler_gave_log_probs_cannot_be_weighted_by_them(empty: str, kind: str) -> None:
+    said = refusal(empty, f"pairs={{kind: {kind}}}", "loop.stale=weight")
+    assert said == (
+        f"loop.stale is weight, but pairs.kind {kind} has no log-probs of a sampler to weigh by: leave it out"
+    )
+    seldom = refusal(empty, f"pairs={{kind: {kind}}}", "loop.sync_every=3", "loop.max_lag=0")
+    assert seldom.endswith("set loop.max_lag to 2 or more"), "nothing is advised that would be refused"
+
+
+def test_an_override_of_a_section_is_not_lost_beside_one_of_its_fields(empty: str) -> None:
+    contradictory = ["policy.lora={rank: 8}", "reference.update=average", "reference=base-of-adapter"]
+    for overrides in (contradictory, contradictory[::-1]):
+        said = refusal(empty, *overrides)
+        assert said.startswith("overrides reference=base-of-adapter and reference.update=… contradict one another")
+    load_config(AlignConfig, empty, ["policy.lora={rank: 8}", "policy.lora.alpha=8"])
 
 
 def test_with_stale_pairs_weighted_weights_may_be_published_seldom(empty: str) -> None:
