@@ -211,22 +211,22 @@ def write_results(
     folder: Path, results: Sequence[Mapping[str, Any]], names: Sequence[str], seeds: Sequence[int]
 ) -> None:
     """results.md and report.html."""
-    from rl.charts import bar_chart, render_page
+    from rl.charts import dot_chart, render_page
 
     figures = table(results, names, {metric.key: metric.label for metric in METRICS})
     compared = directions(results, [name for name in names if name != "base"])
     heading = ["method", "metric", "paper", "here", ""]
     lines = ["| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *compared]]
     (folder / "results.md").write_text("\n".join([figures, "", *lines, ""]))
-    means = {m.key: {name: fmean(one[name][m.key] for one in results) for name in names} for m in METRICS}
-    cells = {name: [_spread([one[name][m.key] for one in results]) for m in METRICS] for name in names}
+    values = {m.key: {name: [one[name][m.key] for one in results] for name in names} for m in METRICS}
+    cells = {name: [_spread(values[m.key][name]).partition(" ") for m in METRICS] for name in names}
     page = render_page(
         "reproduce.html.j2",
         name="tiny world",
         seeds=seeds,
         names=names,
         metrics=METRICS,
-        charts=[bar_chart(metric.label, "", "mean over the seeds", {"": means[metric.key]}) for metric in METRICS],
+        charts=[dot_chart(metric.label, "", values[metric.key], "base") for metric in METRICS],
         compared=compared,
         cells=cells,
     )

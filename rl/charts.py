@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 Chart = dict[str, str]
@@ -57,6 +58,24 @@ def bar_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Mappi
         axes.set_ylabel(y_label)
         if len(series) > 1:
             axes.figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+
+    return _chart(title, draw)
+
+
+def dot_chart(title: str, x_label: str, rows: Mapping[str, Sequence[float]], against: str) -> Chart | None:
+    """A row for each name: its values as a line from the lowest to the highest with a dot at the mean. The axis shows
+    the range of the values alone, with a line at the mean of `against`. None if there is nothing to show."""
+    if not rows:
+        return None
+
+    def draw(axes: Any) -> None:
+        for place, values in enumerate(rows.values()):
+            axes.plot([min(values), max(values)], [place, place], color="C0", linewidth=2, alpha=0.5)
+            axes.plot(fmean(values), place, "o", color="C0", markersize=4)
+        axes.axvline(fmean(rows[against]), color="C1", linewidth=1, linestyle="--")
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel(x_label)
 
     return _chart(title, draw)
 
