@@ -94,6 +94,8 @@ def align(config: AlignConfig, resume: bool, overwrite: bool) -> int:
     made = parts(placed.pairs)
     keys = collect_keys(config.judge) if made.needs_engines else {}
     check_files([*placed.data.files(), *(made.stored.files(made.section) if made.stored else ())])
+    if made.stored:
+        made.stored.check(made.section)
     folder = RunFolder(run_address(config.run.dir))
     first_step = 1
     if resume:

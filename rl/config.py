@@ -183,6 +183,11 @@ class AlignConfig(Settings):
                 "reference is base-of-adapter, but with policy.lora.kind pissa switching the adapter off leaves the "
                 "residual weights, not the model it started from: leave reference out"
             )
+        if not self.loss.needs_reference:
+            raise ConfigError(
+                f"reference is base-of-adapter, but with loss.kind {self.loss.kind} nothing needs a reference: leave "
+                f"it out"
+            )
 
     def _check_rounds(self, pairs: IterativePairs) -> None:
         if self.loop.sync_every != 1:

@@ -264,7 +264,7 @@ def check_files(files: Sequence[tuple[str, str]]) -> None:
     """
     for field, path in files:
         if not Path(path).exists():
-            raise DataError(f"{field}: file {path} does not exist")
+            raise DataError(f"{field}: {path} does not exist")
 
 
 def to_prompt(record: Record, source: str) -> Prompt:

@@ -49,6 +49,20 @@ class OfflinePairs(FileSettings):
         """What is read: the field that names it, and its path; `section` is where these settings stand."""
         return [(f"{section}.path", self.path)] if "://" not in self.path else []
 
+    def check(self, section: str) -> list[int]:
+        """Refuse, before anything is started, a run folder without pairs; returns the steps that have some.
+
+        Raises:
+            DataError: names the field; `section` is where these settings stand.
+        """
+        if self.format != "run":
+            return []
+        if not (steps := RunFolder(self.path).steps()):
+            raise DataError(
+                f"{section}.path: {self.path} is no run folder with pairs; say {section}.format for other files"
+            )
+        return steps
+
     def load(
         self,
         section: str,
@@ -96,12 +110,7 @@ class OfflinePairs(FileSettings):
         """Pairs with the file and row they come from; `counts` is told of rows that make none."""
         if self.format == "run":
             folder = RunFolder(self.path)
-            steps = folder.steps()
-            if not steps:
-                raise DataError(
-                    f"{section}.path: {self.path} is no run folder with pairs; say {section}.format for other files"
-                )
-            for step in steps:
+            for step in self.check(section):
                 batch = folder.read_batch(step)
                 again = batch is None or "replayed" in batch.counts  # a later epoch's, which are there already
                 for row, pair in enumerate(() if batch is None or again else batch.pairs, start=1):

@@ -178,6 +178,11 @@ def test_pairs_that_no_sampler_gave_log_probs_cannot_be_weighted_by_them(empty: 
     assert seldom.endswith("set loop.max_lag to 2 or more"), "nothing is advised that would be refused"
 
 
+def test_the_base_of_an_adapter_is_no_reference_for_a_loss_that_needs_none(empty: str) -> None:
+    said = refusal(empty, "policy.lora={rank: 8}", "reference=base-of-adapter", "loss.kind=simpo")
+    assert said == "reference is base-of-adapter, but with loss.kind simpo nothing needs a reference: leave it out"
+
+
 def test_an_override_of_a_section_is_not_lost_beside_one_of_its_fields(empty: str) -> None:
     contradictory = ["policy.lora={rank: 8}", "reference.update=average", "reference=base-of-adapter"]
     for overrides in (contradictory, contradictory[::-1]):

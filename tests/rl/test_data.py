@@ -202,7 +202,7 @@ def test_files_that_are_not_there_are_refused_before_anything_starts(tmp_path: P
         {"data": {"kind": "files", "train": str(tmp_path / "there.jsonl")}},
         {"data": {"kind": "image_folder", "path": str(tmp_path / "gone"), "question": "What?"}},
     ]}  # fmt: skip
-    with pytest.raises(DataError, match=r"data\.path: file .*gone does not exist"):
+    with pytest.raises(DataError, match=r"data\.path: .*gone does not exist"):
         check_files(MixedData.model_validate(fields).files())
 
 
