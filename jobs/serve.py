@@ -21,6 +21,7 @@ from jobs.paths import run_address
 from rl.adapters import ENGINE_RANKS
 from rl.config import AlignConfig
 from rl.policy import load_processor, merge_adapter, resolve_model
+from rl.store import RunFolder
 from serve.app import BASE, Endpoint, roles, running_app
 from serve.keys import KeyFile
 from serve.settings import ServeSettings
@@ -97,9 +98,7 @@ def follow(file: RegistryFile, endpoint: Endpoint, registry: Registry, status: P
     """Apply each change of the registry, and say in status.json which one is in force."""
 
     def say(fault: str) -> None:
-        part = status.with_suffix(".part")
-        part.write_text(json.dumps({"serial": registry.serial, "fault": fault}))
-        os.replace(part, status)
+        RunFolder(str(status.parent)).write_json(status.name, {"serial": registry.serial, "fault": fault})
 
     def beat() -> None:
         while not stop.wait(WATCH_S):
@@ -182,6 +181,7 @@ def register(registry: Registry | None, folder: str) -> tuple[Registry, Version]
     if not model.is_dir():
         raise DataError(f"{folder} has no model yet; let the run finish, or go on with it by --resume")
     base = model_folder(config.policy.model)
+    base_revision = weights_digest(base)
     rank = 0
     if config.policy.lora is not None:
         described = json.loads((model / "adapter_config.json").read_text())
@@ -192,12 +192,12 @@ def register(registry: Registry | None, folder: str) -> tuple[Registry, Version]
     revision = weights_digest(str(model))
     if registry is None:
         registry = Registry(
-            base=Version(BASE, base, weights_digest(base), created=int(time.time())),
+            base=Version(BASE, base, base_revision, created=int(time.time())),
             precision=config.policy.precision,
             max_length=config.policy.max_length,
             max_images=config.rollout.max_images,
         )
-    if registry.base.revision != weights_digest(base):
+    if registry.base.revision != base_revision:
         raise DataError(
             f"{folder} was made from {base}, but what is served is made from {registry.base.folder}, which has other "
             f"weights; serve it from a folder of its own, dir=…"

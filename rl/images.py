@@ -1,5 +1,6 @@
 """Images are canonicalised once, here; rollout, reference, learner and judge all get the same pixels."""
 
+import base64
 import hashlib
 import io
 import warnings
@@ -26,6 +27,11 @@ class CanonicalImage:
     """SHA-256 of size and pixels, in hex."""
     width: int
     height: int
+
+    @property
+    def url(self) -> str:
+        """As a data URL, which chat APIs take."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
     def open(self) -> Image.Image:
         return Image.open(io.BytesIO(self.png)).convert("RGB")

@@ -18,7 +18,7 @@ BASE = "base"
 REPLICA_CPUS = 0.25
 """The part of an engine's CPUs that Ray Serve's replica reserves; vLLM gets the rest."""
 GATEWAY_CPUS = 0.25
-GATEWAY_REQUESTS = ENGINE_REQUESTS = 100_000
+MAX_ONGOING = 100_000
 """More than ever: the gateway itself counts what it lets in."""
 START_TIMEOUT_S = 900.0
 CHANGE_TIMEOUT_S = 900.0
@@ -55,7 +55,7 @@ def application(args: dict[str, Any]) -> Any:
         engines[name] = serve.deployment(Engine).options(**options, name=name).bind(config)
     gateway: Any = serve.deployment(serve.ingress()(Gateway)).options(
         name=GATEWAY,
-        max_ongoing_requests=GATEWAY_REQUESTS,
+        max_ongoing_requests=MAX_ONGOING,
         ray_actor_options={"num_cpus": GATEWAY_CPUS},
     )
     return gateway.bind(args["settings"], engines, args["placeholders"])
@@ -81,7 +81,7 @@ def engine_config(name: str, args: dict[str, Any]) -> dict[str, Any]:
         },
         "deployment_config": {
             "num_replicas": settings.replicas,
-            "max_ongoing_requests": ENGINE_REQUESTS,
+            "max_ongoing_requests": MAX_ONGOING,
             "ray_actor_options": {"num_cpus": REPLICA_CPUS},
             "health_check_period_s": 5,
         },

@@ -1,6 +1,5 @@
 """What clients may ask: the fields of a request are checked here, before anything of it reaches an engine."""
 
-import base64
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -138,8 +137,7 @@ async def chat(
                 if not isinstance(url, str):
                     raise _refused(f"{place}.image_url.url must be a text", f"{place}.image_url.url")
                 images.append(await load_image(url, settings, f"{place}.image_url.url"))
-                encoded = base64.b64encode(images[-1].png).decode()
-                parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}})
+                parts.append({"type": "image_url", "image_url": {"url": images[-1].url}})
                 bare.append({"type": "image"})
             else:
                 raise _refused(f"{place} must be of type text or image_url", place)

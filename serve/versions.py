@@ -1,8 +1,6 @@
 """The versions of the model that can be served, which of them is behind the name `aligned`, and how it got there."""
 
 import hashlib
-import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +11,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cluster.errors import DataError
+from rl.store import RunFolder
 
 LOCK_TIMEOUT_S = 30.0
 REVISION_DIGITS = 12
+REGISTRY = "registry.json"
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class RegistryFile:
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
-        self._path = self.folder / "registry.json"
+        self._store = RunFolder(folder)
 
     @property
     def exists(self) -> bool:
-        return self._path.is_file()
+        return self._store.exists(REGISTRY)
 
     def read(self) -> Registry:
         """What is stored.
@@ -125,7 +125,7 @@ class RegistryFile:
         """
         if not self.exists:
             raise DataError(f"{self.folder} has no registry.json; start serving with `raylign serve RUN`")
-        stored: dict[str, Any] = json.loads(self._path.read_text())
+        stored: dict[str, Any] = self._store.read_json(REGISTRY)
         return Registry(
             **stored
             | {
@@ -138,13 +138,8 @@ class RegistryFile:
 
     def write(self, registry: Registry, event: str, **values: Any) -> None:
         """Store it whole, and add a line to decisions.jsonl."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        registry = replace(registry, serial=registry.serial + 1)
-        part.write_text(json.dumps(asdict(registry), indent=1) + "\n")
-        os.replace(part, self._path)
-        with (self.folder / "decisions.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time()), "event": event, **values}) + "\n")
+        self._store.write_json(REGISTRY, asdict(replace(registry, serial=registry.serial + 1)))
+        self._store.append_row("decisions.jsonl", {"time": round(time.time()), "event": event, **values})
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,6 +1,5 @@
 """Any OpenAI-compatible endpoint as a judge: a model served by vLLM, by `raylign serve`, or a paid one."""
 
-import base64
 from typing import Any, Literal
 
 from pydantic import SecretStr
@@ -88,8 +87,7 @@ class OpenAIEndpoint:
 
 def _part(part: Part) -> dict[str, Any]:
     if isinstance(part, CanonicalImage):
-        url = "data:image/png;base64," + base64.b64encode(part.png).decode()
-        return {"type": "image_url", "image_url": {"url": url}}
+        return {"type": "image_url", "image_url": {"url": part.url}}
     return {"type": "text", "text": part}
 
 
