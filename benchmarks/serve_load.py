@@ -119,14 +119,16 @@ async def level(url: str, clients: int, seconds: float, model: str) -> Seen:
 
 @contextmanager
 def bare(model: str, port: int) -> Iterator[str]:
-    """`vllm serve` with the engine options that our endpoint gives."""
+    """`vllm serve` with the engine options that our endpoint gives, its executor among them."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "base",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(LENGTH),
         "--max-num-seqs", str(SEQUENCES), "--limit-mm-per-prompt", '{"image": 1}', "--enforce-eager",
         "--no-enable-chunked-prefill", "--disable-log-stats", "--disable-uvicorn-access-log",
+        "--distributed-executor-backend", "uni",
     ]  # fmt: skip
-    env = os.environ | cpu_engine_variables(threads=1, cache_gib=1) | {"VLLM_NO_USAGE_STATS": "1"}
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # without it vLLM takes "mp" for "uni" on a CPU
+    env = os.environ | cpu_engine_variables(threads=1, cache_gib=1) | {"VLLM_NO_USAGE_STATS": "1"} | one_process
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -178,22 +180,17 @@ def replicas() -> list[int]:
     return [one.pid for one in named if "raylign:base" in " ".join(one.info["cmdline"] or ())]
 
 
-async def kill_one(url: str, clients: int, seconds: float) -> "AsyncIterator[str]":
+async def kill_one(url: str, clients: int, seconds: float) -> AsyncIterator[str]:
     """Load, with one replica killed after a third of the time."""
     task = asyncio.create_task(level(url, clients, seconds, "base"))
     await asyncio.sleep(seconds / 3)
-    replicas = [
-        one for one in psutil.process_iter(["cmdline"]) if "raylign:base" in " ".join(one.info["cmdline"] or ())
-    ]
-    os.kill(replicas[0].pid, signal.SIGKILL)
+    before = replicas()
+    os.kill(before[0], signal.SIGKILL)
     killed = time.perf_counter()
-    yield f"{len(replicas)} replicas; one killed"
-    while True:
-        now = [one for one in psutil.process_iter(["cmdline"]) if "raylign:base" in " ".join(one.info["cmdline"] or ())]
-        if len(now) == len(replicas) and replicas[0].pid not in [one.pid for one in now]:
-            yield f"another process in its place after {time.perf_counter() - killed:.0f} s"
-            break
+    yield f"{len(before)} replicas; one killed"
+    while len(now := replicas()) < len(before) or before[0] in now:
         await asyncio.sleep(0.5)
+    yield f"another process in its place after {time.perf_counter() - killed:.0f} s"
     seen = await task
     yield f"how the requests ended: {dict(seen.ended)}"
 

@@ -18,6 +18,8 @@ BASE = "base"
 REPLICA_CPUS = 0.25
 """The part of an engine's CPUs that Ray Serve's replica reserves; vLLM gets the rest."""
 GATEWAY_CPUS = 0.25
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+"""Of replicas: a piece of an answer would pass through two threads more, and no code of ours blocks."""
 MAX_ONGOING = 100_000
 """More than ever: the gateway itself counts what it lets in."""
 START_TIMEOUT_S = 900.0
@@ -56,7 +58,7 @@ def application(args: dict[str, Any]) -> Any:
     gateway: Any = serve.deployment(serve.ingress()(Gateway)).options(
         name=GATEWAY,
         max_ongoing_requests=MAX_ONGOING,
-        ray_actor_options={"num_cpus": GATEWAY_CPUS},
+        ray_actor_options={"num_cpus": GATEWAY_CPUS, "runtime_env": {"env_vars": ONE_LOOP}},
     )
     return gateway.bind(args["settings"], engines, args["placeholders"])
 
@@ -94,11 +96,12 @@ def engine_config(name: str, args: dict[str, Any]) -> dict[str, Any]:
             "max_cpu_loras": 2 * settings.adapters,  # old and new ones together, while names change
             "max_lora_rank": args["max_rank"],
         }
+    variables = dict(ONE_LOOP)
     if on_cpu:
         config["accelerator_config"] = {"kind": "cpu"}
         config["placement_group_config"] = {"bundles": [{"CPU": max(0.0, settings.resources.cpus - REPLICA_CPUS)}]}
-        variables = cpu_engine_variables(settings.resources.threads, settings.cpu_cache_gib)
-        config["runtime_env"] = {"env_vars": variables}
+        variables |= cpu_engine_variables(settings.resources.threads, settings.cpu_cache_gib)
+    config["runtime_env"] = {"env_vars": variables}
     return config
 
 
@@ -274,7 +277,8 @@ def running_app(settings: ServeSettings, registry: Registry, placeholders: list[
             "Ray Serve runs on this cluster already, with an address of its own and perhaps other people's models; end "
             "it with `serve shutdown`, or leave cluster.address out to serve on a cluster of your own"
         )
-    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config={"log_level": "ERROR"})
+    quiet = {"log_level": "ERROR", "enable_access_log": False}  # the gateway has an access log of its own
+    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
     args = {
         "settings": settings.model_dump(mode="json"),
         "engines": engine_names(settings, registry),

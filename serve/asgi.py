@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 LEAVE_TIMEOUT_S = 5.0
@@ -19,9 +19,12 @@ class Head(NamedTuple):
     revision: str
 
 
-async def run_asgi(app: Any, path: str, body: bytes) -> AsyncIterator[tuple[int, str] | bytes]:
-    """POST a JSON body to an ASGI application of this process: yields (status, content type), then pieces of the body,
-    those that have come meanwhile as one. Closing the iterator tells the application that the client is gone."""
+async def run_asgi(
+    app: Any, path: str, body: bytes, pause: Callable[[], float]
+) -> AsyncIterator[tuple[int, str] | bytes]:
+    """POST a JSON body to an ASGI application of this process: yields (status, content type), then pieces of the body
+    as they come, but what comes within `pause()` seconds after one goes out as one. Closing the iterator tells the
+    application that the client is gone."""
     waiting: list[dict[str, Any]] = []
     news, gone = asyncio.Event(), asyncio.Event()
     asked = ended = False
@@ -53,6 +56,7 @@ async def run_asgi(app: Any, path: str, body: bytes) -> AsyncIterator[tuple[int,
                     yield message["status"], dict(message["headers"]).get(b"content-type", b"").decode()
             if piece := b"".join(message.get("body", b"") for message in messages):
                 yield piece
+                await asyncio.wait({task}, timeout=pause())
         if (fault := task.exception()) is not None:
             if not ended:
                 raise fault

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm.deployment import LLMServer
 
 from serve.asgi import Head, run_asgi
@@ -15,7 +16,20 @@ from serve.versions import Version, weights_digest
 
 LOAD_TIMEOUT_S = 1800.0
 DRAIN_TIMEOUT_S = 10.0
+PIECES_PER_S = 50
+LONGEST_PAUSE_S = 0.1
 logger = logging.getLogger(__name__)
+
+
+class OneProcessEngine(VLLMEngine):
+    """On a CPU, Ray gives even a single worker a process of its own, and the engine's process spins on a processor
+    while it waits for it."""
+
+    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
+        parallel = vllm_engine_config.parallel_config
+        if parallel.distributed_executor_backend == "mp" and parallel.world_size == 1:
+            parallel.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
 
 
 class Engine(LLMServer):
@@ -23,7 +37,7 @@ class Engine(LLMServer):
     versions change by `reconfigure` while it answers."""
 
     async def __init__(self, llm_config: Any):  # type: ignore[misc]  # as Serve allows
-        await super().__init__(llm_config)
+        await super().__init__(llm_config, engine_cls=OneProcessEngine)
         assert self.engine is not None
         self._app: Any = await self.engine.build_asgi_app()
         self._models = self._app.state.openai_serving_models
@@ -114,6 +128,10 @@ class Engine(LLMServer):
         del self._adapters[name]
         await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
 
+    def _pause(self) -> float:
+        """Between pieces of one answer. Each costs three processes some time, so many answers send larger ones."""
+        return min(self._swap.answers / PIECES_PER_S, LONGEST_PAUSE_S)
+
     async def answer(self, path: str, body: bytes, adapter: str, exactly: str) -> AsyncIterator[Head | bytes]:
         """vLLM's answer to a POST of `body`: first its head, then its body in pieces as they come.
 
@@ -133,7 +151,7 @@ class Engine(LLMServer):
                 yield json.dumps(gone.body).encode()
                 return
             request = json.loads(body) | {"model": held.name}
-            async for message in run_asgi(self._app, path, json.dumps(request).encode()):
+            async for message in run_asgi(self._app, path, json.dumps(request).encode(), self._pause):
                 if isinstance(message, bytes):
                     yield message
                 else:

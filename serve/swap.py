@@ -10,7 +10,8 @@ class SwapLock:
 
     def __init__(self) -> None:
         self._condition = asyncio.Condition()
-        self._answers = 0
+        self.answers = 0
+        """Those being written."""
         self._swapping = False
 
     @asynccontextmanager
@@ -18,11 +19,11 @@ class SwapLock:
         """While an answer is written."""
         async with self._condition:
             await self._condition.wait_for(lambda: not self._swapping)
-            self._answers += 1
+            self.answers += 1
         try:
             yield
         finally:
-            self._answers -= 1
+            self.answers -= 1
             await self._tell()
 
     @asynccontextmanager
@@ -33,7 +34,7 @@ class SwapLock:
             self._swapping = True
         try:
             async with self._condition:
-                await self._condition.wait_for(lambda: not self._answers)
+                await self._condition.wait_for(lambda: not self.answers)
             yield
         finally:
             self._swapping = False

@@ -9,8 +9,9 @@ from serve import asgi
 from serve.asgi import run_asgi
 
 
-async def collect(app: Any, body: bytes = b"{}") -> list[Any]:
-    return [message async for message in run_asgi(app, "/v1/x", body)]
+async def collect(app: Any, body: bytes = b"{}", pause: float = 0.0) -> list[Any]:
+    async with asyncio.timeout(20):
+        return [message async for message in run_asgi(app, "/v1/x", body, lambda: pause)]
 
 
 def answering(*pieces: bytes) -> Any:
@@ -27,6 +28,19 @@ def answering(*pieces: bytes) -> Any:
 
 def test_the_head_comes_first_and_what_is_ready_comes_as_one() -> None:
     assert asyncio.run(collect(answering(b"a", b"b"), b"c")) == [(201, "text/plain"), b"abc"]
+
+
+@pytest.mark.parametrize(("pause", "pieces"), [(0.0, [b"a", b"b", b"{}"]), (3600.0, [b"a", b"b{}"])])
+def test_what_comes_soon_after_a_piece_goes_out_as_one_and_the_end_at_once(pause: float, pieces: list[bytes]) -> None:
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        async def send_slowly(message: dict[str, Any]) -> None:
+            await send(message)
+            for _ in range(20):  # long enough for a piece to be on its way
+                await asyncio.sleep(0)
+
+        await answering(b"a", b"b")(scope, receive, send_slowly)
+
+    assert asyncio.run(collect(app, pause=pause)) == [(201, "text/plain"), *pieces]
 
 
 def test_what_goes_wrong_inside_is_raised() -> None:
@@ -65,7 +79,7 @@ def test_an_application_whose_client_leaves_is_told_and_ended(listens: bool, mon
             ended.append(True)
 
     async def leave() -> None:
-        messages = run_asgi(app, "/v1/x", b"{}")
+        messages = run_asgi(app, "/v1/x", b"{}", lambda: 0.0)
         assert await anext(messages) == (200, "")
         assert (await anext(messages)).startswith(b"x")  # type: ignore[union-attr]
         await messages.aclose()  # type: ignore[attr-defined]
