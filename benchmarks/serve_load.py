@@ -33,11 +33,12 @@ from cluster.connect import ClusterSettings, connect, cpu_engine_variables, free
 from rl.policy import resolve_model, save_checkpoint
 from rl.world.checkpoint import make_model, make_processor, make_tokenizer
 from rl.world.prompts import training_prompts
-from serve.app import running_app
+from serve.app import APP, BASE, running_app
 from serve.settings import EngineSettings, LimitSettings, ServeSettings
 from serve.versions import Registry, Version, weights_digest
 
 LENGTH, TOKENS, SEQUENCES = 128, 48, 64
+RAMP_S = 3.0
 PERCENTILES = (50, 95, 99)
 
 
@@ -108,11 +109,12 @@ async def level(url: str, clients: int, seconds: float, model: str) -> Seen:
         await asyncio.gather(*(visit(client, next(source), Seen()) for _ in range(min(clients, 8))))
         began = time.perf_counter()
 
-        async def come_again() -> None:
+        async def come_again(number: int) -> None:
+            await asyncio.sleep(RAMP_S * number / clients)
             while time.perf_counter() < began + seconds:
                 await asyncio.sleep(await visit(client, next(source), seen))
 
-        await asyncio.gather(*(come_again() for _ in range(clients)))
+        await asyncio.gather(*(come_again(number) for number in range(clients)))
         seen.seconds = time.perf_counter() - began
     return seen
 
@@ -180,6 +182,13 @@ def replicas() -> list[int]:
     return [one.pid for one in named if "raylign:base" in " ".join(one.info["cmdline"] or ())]
 
 
+def ready() -> int:
+    """The base's replicas that can be asked."""
+    from ray import serve
+
+    return int(serve.status().applications[APP].deployments[BASE].replica_states.get("RUNNING", 0))
+
+
 async def kill_one(url: str, clients: int, seconds: float) -> AsyncIterator[str]:
     """Load, with one replica killed after a third of the time."""
     task = asyncio.create_task(level(url, clients, seconds, "base"))
@@ -188,9 +197,9 @@ async def kill_one(url: str, clients: int, seconds: float) -> AsyncIterator[str]
     os.kill(before[0], signal.SIGKILL)
     killed = time.perf_counter()
     yield f"{len(before)} replicas; one killed"
-    while len(now := replicas()) < len(before) or before[0] in now:
+    while before[0] in replicas() or await asyncio.to_thread(ready) < len(before):
         await asyncio.sleep(0.5)
-    yield f"another process in its place after {time.perf_counter() - killed:.0f} s"
+    yield f"{len(before)} replicas ready again after {time.perf_counter() - killed:.0f} s"
     seen = await task
     yield f"how the requests ended: {dict(seen.ended)}"
 

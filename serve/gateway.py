@@ -26,7 +26,7 @@ from serve.errors import ApiError, too_many
 from serve.keys import KeyFile
 from serve.metrics import Metrics
 from serve.preferences import Preferences, Recorder
-from serve.rate import RateLimit
+from serve.rate import RateLimit, Turns
 from serve.requests import Asked
 from serve.settings import LOOPBACK, ServeSettings
 
@@ -69,6 +69,7 @@ class Gateway:
         self._placeholders = placeholders
         self._keys = KeyFile(self.settings.dir)
         self._rate = RateLimit(self.settings.limits.requests_per_minute)
+        self._turns = Turns(self._room, RETRY_AFTER_S)
         self._open = 0
         """Requests that are being read, answered or waited for."""
         self._writing = dict.fromkeys(engines, 0)
@@ -133,6 +134,7 @@ class Gateway:
     async def chat(self, request: Request) -> Response:
         """An answer to a conversation with images."""
         client = self._admit(request)
+        self._check_room()
         with self._reading():
             body = await self._body(request)
             most, images = self.settings.engine.max_sequences, self._table["max_images"]
@@ -144,6 +146,7 @@ class Gateway:
     async def completion(self, request: Request) -> Response:
         """A text that goes on from a prompt."""
         client = self._admit(request)
+        self._check_room()
         with self._reading():
             body = await self._body(request)
             asked = requests.completion(body, self.settings.engine.max_sequences, self._placeholders)
@@ -187,9 +190,14 @@ class Gateway:
         engine = self.settings.engine
         return engine.replicas * engine.max_sequences + engine.max_waiting
 
+    def _check_room(self) -> None:
+        """Refuse before anything is read if no engine has room, whichever is asked for."""
+        if min(self._writing.values()) >= self._room:
+            raise self._full()
+
     def _full(self) -> ApiError:
         self.metrics.refused("queue")
-        return too_many("too many requests wait already; come back in a moment", RETRY_AFTER_S, "overloaded")
+        return too_many("too many requests wait already; come back later", self._turns.take(), "overloaded")
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -312,7 +320,7 @@ class Gateway:
     async def _answer(self, target: Target, path: str, asked: Asked, deadline: float) -> "AsyncGenerator[Head | bytes]":
         """The engine's answer: its head when the first piece is there, then the pieces of a stream as they come, or
         anything else whole. Until the head, another replica takes the place of one that is lost."""
-        self._writing[target.engine] += asked.choices
+        self._count(target.engine, asked.choices)
         try:
             for attempt in range(1, TRIES + 1):
                 head: Head | None = None
@@ -348,7 +356,11 @@ class Gateway:
                     logger.exception("%s failed", target.engine)
                     raise ApiError(500, "the engine failed; its log says why", "engine_error") from error
         finally:
-            self._writing[target.engine] -= asked.choices
+            self._count(target.engine, -asked.choices)
+
+    def _count(self, engine: str, answers: int) -> None:
+        self._writing[engine] += answers
+        self.metrics.writing(engine, self._writing[engine])
 
     async def _ask(self, target: Target, path: str, asked: Asked, deadline: float) -> "AsyncGenerator[Head | bytes]":
         handle = self._engines[target.engine].options(stream=True)

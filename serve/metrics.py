@@ -18,6 +18,7 @@ class Metrics:
             "raylign_first_piece_seconds", "To the first piece", ["version"], buckets=BUCKETS_S, registry=registry
         )
         self._refused = Counter("raylign_refused", "Requests that were not admitted", ["reason"], registry=registry)
+        self._writing = Gauge("raylign_writing", "Answers under way or waiting", ["engine"], registry=registry)
         self._aligned = Gauge("raylign_aligned", "1 for the version behind `aligned`", ["version"], registry=registry)
         self._preferences = Counter("raylign_preferences", "Visitors' choices", ["choice"], registry=registry)
 
@@ -27,6 +28,10 @@ class Metrics:
         self._seconds.labels(version).observe(seconds)
         if first is not None:
             self._first.labels(version).observe(first)
+
+    def writing(self, engine: str, answers: int) -> None:
+        """An engine has that many answers to write."""
+        self._writing.labels(engine).set(answers)
 
     def refused(self, reason: str) -> None:
         """A request was not admitted."""

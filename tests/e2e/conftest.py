@@ -170,6 +170,15 @@ def full_run(cluster: Cluster, small_config: Path, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="session")
+def second_run(full_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended where it began: with the weights of its base."""
+    folder = tmp_path_factory.mktemp("second") / "again"
+    shutil.copytree(full_run, folder)
+    shutil.copy(ROOT / "rl/world/base/model.safetensors", folder / "model/model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def blind_set(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Offline BDHS: the rejected answers made once, by the base."""
     folder = tmp_path_factory.mktemp("blind") / "set"

@@ -1,7 +1,7 @@
 """The rate limit of each client, on a clock that the test moves."""
 
 from serve import rate
-from serve.rate import RateLimit
+from serve.rate import RateLimit, Turns
 
 
 def test_a_minutes_worth_is_let_through_at_once_and_then_evenly() -> None:
@@ -28,3 +28,12 @@ def test_what_is_kept_of_clients_is_bounded(monkeypatch) -> None:  # type: ignor
         limit.take(client)
     assert limit.take("c") > 0
     assert limit.take("a") == 0, "forgotten, for it was silent longest"
+
+
+def test_a_crowd_comes_back_in_turns() -> None:
+    now = 0.0
+    turns = Turns(places=4, seconds=2, clock=lambda: now)
+    assert [turns.take() for _ in range(9)] == [2, 2, 3, 4, 4, 4, 5, 6, 6]
+    now = 60.0
+    assert turns.take() == 2
+    assert max(turns.take() for _ in range(1000)) == 60

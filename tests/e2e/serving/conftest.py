@@ -4,7 +4,6 @@ import base64
 import json
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,6 @@ class Server:
     url: str
     folder: Path
     key: str
-    process: "subprocess.Popen[str]"
 
     def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -96,7 +94,7 @@ def server(
     made = raylign("keys", "--dir", str(folder), "add", "tests")
     process = start(*arguments)
     read_until(process, "until Ctrl-C")
-    yield Server(f"http://127.0.0.1:{port}", folder, made.output.splitlines()[0], process)
+    yield Server(f"http://127.0.0.1:{port}", folder, made.output.splitlines()[0])
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode == 130

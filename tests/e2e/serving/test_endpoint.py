@@ -23,15 +23,6 @@ from tests.e2e.conftest import ROOT, listeners, raylign
 from tests.e2e.serving.conftest import ASKED, MESSAGES, PER_MINUTE, PICTURE, RUNNING, SEEN, URL, WAITING, Server
 
 
-@pytest.fixture(scope="module")
-def second_run(full_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that ended where it began: with the weights of its base."""
-    folder = tmp_path_factory.mktemp("second") / "again"
-    shutil.copytree(full_run, folder)
-    shutil.copy(ROOT / "rl/world/base/model.safetensors", folder / "model/model.safetensors")
-    return folder
-
-
 def test_each_model_says_which_version_it_is(server: Server, full_run: Path) -> None:
     cards = {card.id: card.model_dump() for card in server.client.models.list()}
     assert list(cards)[:2] == ["base", "aligned"]
@@ -208,7 +199,8 @@ def test_more_than_can_wait_are_told_to_come_back_and_the_others_are_answered(se
 
     outcomes = asyncio.run(crowd())
     ended = Counter({how: count for (_, how), count in outcomes.items()})
-    assert set(ended) == {"stop", "429, retry after 2"}
+    assert set(ended) <= {"stop", *(f"429, retry after {seconds}" for seconds in range(2, 7))}
+    assert {"429, retry after 2", "429, retry after 3"} <= set(ended), "they do not all come back at once"
     assert ended["stop"] >= RUNNING + WAITING
 
 
