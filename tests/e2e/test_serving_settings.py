@@ -2,7 +2,9 @@
 log, a limit on answers that some reach, and no page."""
 
 import asyncio
+import base64
 import http.server
+import io
 import json
 import re
 import signal
@@ -14,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.e2e.conftest import Cluster, free_port, read_until, start
 from tests.e2e.serving.conftest import ASKED, PICTURE, SEEN, URL, Server
@@ -89,6 +93,18 @@ def test_pictures_are_fetched_from_the_hosts_that_are_named(server: Server) -> N
     for says, answer in refused.items():
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_image")
         assert says in answer.json()["error"]["message"]
+
+
+def test_a_large_picture_is_taken(server: Server) -> None:
+    """Some parts of the way take messages of up to 4 MB only if not told otherwise."""
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
+    png = io.BytesIO()
+    Image.fromarray(noise).save(png, "PNG")
+    assert len(png.getvalue()) > 6_000_000
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    answer = server.post(ASKED | {"messages": [{"role": "user", "content": content}]})
+    assert answer.status_code == 200, answer.text
 
 
 def writing(server: Server) -> float:
