@@ -8,7 +8,6 @@ python benchmarks/serve_load.py --kill      two replicas, of which one is killed
 
 import argparse
 import asyncio
-import base64
 import json
 import os
 import signal
@@ -52,7 +51,7 @@ class Seen:
     seconds: float = 0.0
 
     def row(self, name: str, clients: int) -> str:
-        """A row of the table: requests/s, time to the first token, time per further token, errors."""
+        """A row of the table: requests/s, time to the first token, an answer's mean time per further token, errors."""
         done = self.ended["done"]
         shown = [
             f"{1000 * value:.0f}"
@@ -68,8 +67,10 @@ def bodies(model: str) -> Iterator[bytes]:
     prompts = [prompt for prompt in training_prompts(4000, 0.0, seed=1) if prompt.images]
     while True:
         for prompt in prompts:
-            url = "data:image/png;base64," + base64.b64encode(prompt.images[0].png).decode()
-            parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt.text}]
+            parts = [
+                {"type": "image_url", "image_url": {"url": prompt.images[0].url}},
+                {"type": "text", "text": prompt.text},
+            ]
             body = {"model": model, "stream": True, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
             yield json.dumps({**body, "messages": [{"role": "user", "content": parts}]}).encode()
 
@@ -111,8 +112,8 @@ async def level(url: str, clients: int, seconds: float, model: str) -> Seen:
 
         async def come_again(number: int) -> None:
             await asyncio.sleep(RAMP_S * number / clients)
-            while time.perf_counter() < began + seconds:
-                await asyncio.sleep(await visit(client, next(source), seen))
+            while (left := began + seconds - time.perf_counter()) > 0:
+                await asyncio.sleep(min(left, await visit(client, next(source), seen)))
 
         await asyncio.gather(*(come_again(number) for number in range(clients)))
         seen.seconds = time.perf_counter() - began
@@ -228,7 +229,7 @@ def main() -> None:
 
                 asyncio.run(tell())
             return
-        names = " | ".join(f"{what} p{p}, ms" for what in ("first token", "further token") for p in PERCENTILES)
+        names = " | ".join(f"{what} p{p}, ms" for what in ("first token", "mean further token") for p in PERCENTILES)
         print(f"| server | clients | requests/s | {names} | errors |")
         print("|" + "---|" * (4 + 2 * len(PERCENTILES)))
         if options.crowd:

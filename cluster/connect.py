@@ -58,8 +58,8 @@ def environment_variables() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # half the cost of a piece of an answer, guarded by the same token
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # pictures are large, and checked on the way in
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # cheaper streams, guarded by the cluster's token if it has one
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**29),  # not 4 MB: requests have pictures
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "PASSIVE",  # actors share cores; a thread that spins while it waits steals them
     }

@@ -19,7 +19,7 @@ REPLICA_CPUS = 0.25
 """The part of an engine's CPUs that Ray Serve's replica reserves; vLLM gets the rest."""
 GATEWAY_CPUS = 0.25
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-"""Of replicas: a piece of an answer would pass through two threads more, and no code of ours blocks."""
+"""Of replicas: else a piece of an answer passes through two threads more. Nothing of ours blocks for long."""
 MAX_ONGOING = 100_000
 """More than ever: the gateway itself counts what it lets in."""
 START_TIMEOUT_S = 900.0
@@ -188,6 +188,7 @@ class Endpoint:
         Raises:
             ClusterError: that takes too long.
         """
+        from grpc import RpcError
         from ray import serve
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
@@ -196,7 +197,7 @@ class Endpoint:
         deadline = time.monotonic() + CHANGE_TIMEOUT_S
         while time.monotonic() < deadline:
             # A replica may be lost meanwhile, or be just changing, and then is not asked.
-            with suppress(RayError, RayServeException, TimeoutError):
+            with suppress(RayError, RayServeException, RpcError, TimeoutError):
                 answers = handle.broadcast(method).results(timeout_s=ASK_TIMEOUT_S)
                 if answers and all(map(reached, answers)):
                     return list(answers)

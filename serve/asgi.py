@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, NamedTuple
 
 LEAVE_TIMEOUT_S = 5.0
@@ -21,7 +21,7 @@ class Head(NamedTuple):
 
 async def run_asgi(
     app: Any, path: str, body: bytes, pause: Callable[[], float]
-) -> AsyncIterator[tuple[int, str] | bytes]:
+) -> AsyncGenerator[tuple[int, str] | bytes]:
     """POST a JSON body to an ASGI application of this process: yields (status, content type), then pieces of the body
     as they come, but what comes within `pause()` seconds after one goes out as one. Closing the iterator tells the
     application that the client is gone."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
@@ -16,14 +17,15 @@ from serve.versions import Version, weights_digest
 
 LOAD_TIMEOUT_S = 1800.0
 DRAIN_TIMEOUT_S = 10.0
-PIECES_PER_S = 50
+PAUSE_PER_REQUEST_S = 0.02
 LONGEST_PAUSE_S = 0.1
 logger = logging.getLogger(__name__)
 
 
 class OneProcessEngine(VLLMEngine):
     """On a CPU, Ray gives even a single worker a process of its own, and the engine's process spins on a processor
-    while it waits for it."""
+    while it waits for it. vLLM would have it so for the sake of OpenMP's settings, but `cpu_engine_variables` makes
+    them for the whole process."""
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
         parallel = vllm_engine_config.parallel_config
@@ -130,7 +132,7 @@ class Engine(LLMServer):
 
     def _pause(self) -> float:
         """Between pieces of one answer. Each costs three processes some time, so many answers send larger ones."""
-        return min(self._swap.answers / PIECES_PER_S, LONGEST_PAUSE_S)
+        return min(self._swap.answers * PAUSE_PER_REQUEST_S, LONGEST_PAUSE_S)
 
     async def answer(self, path: str, body: bytes, adapter: str, exactly: str) -> AsyncIterator[Head | bytes]:
         """vLLM's answer to a POST of `body`: first its head, then its body in pieces as they come.
@@ -151,12 +153,14 @@ class Engine(LLMServer):
                 yield json.dumps(gone.body).encode()
                 return
             request = json.loads(body) | {"model": held.name}
-            async for message in run_asgi(self._app, path, json.dumps(request).encode(), self._pause):
-                if isinstance(message, bytes):
-                    yield message
-                else:
-                    status, content_type = message
-                    yield Head(status, content_type, held.name, held.revision)
+            # Closed before the lock is let go, so that no weights change under an answer whose client has left.
+            async with aclosing(run_asgi(self._app, path, json.dumps(request).encode(), self._pause)) as messages:
+                async for message in messages:
+                    if isinstance(message, bytes):
+                        yield message
+                    else:
+                        status, content_type = message
+                        yield Head(status, content_type, held.name, held.revision)
 
 
 async def _check_revision(version: Version) -> None:

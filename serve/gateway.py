@@ -13,7 +13,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from grpc import RpcError
+from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -191,8 +192,9 @@ class Gateway:
         return engine.replicas * engine.max_sequences + engine.max_waiting
 
     def _check_room(self) -> None:
-        """Refuse before anything is read if no engine has room, whichever is asked for."""
-        if min(self._writing.values()) >= self._room:
+        """Refuse before anything is parsed if no engine that a name leads to has room."""
+        engines = {engine for engine, *_ in self._table["routes"].values()}
+        if all(self._writing[engine] >= self._room for engine in engines):
             raise self._full()
 
     def _full(self) -> ApiError:
@@ -344,15 +346,14 @@ class Gateway:
                         yield head
                         yield bytes(whole)
                     return
-                except TimeoutError:
-                    most = self.settings.limits.timeout_s
-                    raise ApiError(504, f"the answer took longer than {most:g} s", "timeout") from None
-                except (RayActorError, TaskCancelledError, DeploymentUnavailableError) as error:
+                except ApiError:
+                    raise
+                except (RayActorError, TaskCancelledError, DeploymentUnavailableError, RpcError) as error:
                     logger.warning("%s has lost a replica: %s", target.engine, error)
                     if begun or attempt == TRIES:
                         lost = "the replica that wrote this answer was lost; ask again"
                         raise ApiError(503, lost, "replica_lost") from error
-                except RayError as error:
+                except Exception as error:  # whatever the engine raised comes as it is
                     logger.exception("%s failed", target.engine)
                     raise ApiError(500, "the engine failed; its log says why", "engine_error") from error
         finally:
@@ -369,12 +370,17 @@ class Gateway:
         ended = False
         try:
             while True:
-                async with asyncio.timeout_at(deadline):
-                    try:
+                try:
+                    async with asyncio.timeout_at(deadline) as limit:
                         message = await anext(stream)
-                    except StopAsyncIteration:
-                        ended = True
-                        return
+                except StopAsyncIteration:
+                    ended = True
+                    return
+                except TimeoutError:
+                    if not limit.expired():
+                        raise
+                    most = self.settings.limits.timeout_s
+                    raise ApiError(504, f"the answer took longer than {most:g} s", "timeout") from None
                 yield message
         finally:
             if not ended:

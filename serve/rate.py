@@ -44,4 +44,4 @@ class Turns:
         """The seconds after which one more may come back."""
         now = self._clock()
         self._last = min(max(now + self._seconds, self._last + self._between), now + MAX_WAIT_S)
-        return round(self._last - now)
+        return math.ceil(self._last - now)

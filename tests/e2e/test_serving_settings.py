@@ -23,7 +23,7 @@ from PIL import Image
 from tests.e2e.conftest import Cluster, free_port, read_until, start
 from tests.e2e.serving.conftest import ASKED, PICTURE, SEEN, URL, Server
 
-RUNNING, WAITING, LIMIT_S = 16, 400, 3
+RUNNING, WAITING, LIMIT_S = 16, 800, 3
 LONG = ASKED | {"n": RUNNING, "temperature": 1, "max_tokens": 90, "ignore_eos": True}
 
 
@@ -135,19 +135,28 @@ def test_an_answer_over_its_time_ends_with_an_error_and_makes_room(server: Serve
             return Counter(await asyncio.gather(*asked))
 
     ended = asyncio.run(crowd())
-    assert set(ended) == {"done", "timeout"}
+    assert "timeout" in ended
+    assert set(ended) <= {"done", "timeout"}
     wait_until_idle(server)
     assert server.post(ASKED).status_code == 200
 
 
 def test_what_a_client_does_not_wait_for_is_not_written(server: Server) -> None:
-    url = f"{server.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=LONG | {"stream": True}, timeout=60) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        assert writing(server) == RUNNING
+    async def leave() -> None:
+        url = f"{server.url}/v1/chat/completions"
+        async with httpx.AsyncClient(timeout=60) as client, asyncio.TaskGroup() as group:
+            others = [group.create_task(client.post(url, json=LONG | {"stream": True})) for _ in range(20)]
+            async with client.stream("POST", url, json=LONG | {"stream": True}) as answer:
+                lines = answer.aiter_lines()
+                await anext(lines)
+                assert writing(server) > RUNNING
+            for other in others:
+                other.cancel()
+
+    asyncio.run(leave())
     wait_until_idle(server)
-    assert json.loads((server.folder / "access.log").read_text().splitlines()[-1])["status"] == 499
+    assert server.post(ASKED).status_code == 200, "within its time, which all these answers together would exceed"
+    assert json.loads((server.folder / "access.log").read_text().splitlines()[-2])["status"] == 499
 
 
 def test_a_promoted_version_is_loaded_beside_the_one_before(server: Server, second_run: Path) -> None:
