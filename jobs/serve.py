@@ -1,9 +1,11 @@
 """`raylign serve RUN…`: the base and the aligned models of runs, to any OpenAI client, and a demo page."""
 
+import errno
 import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -43,15 +45,16 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     options, settings = parse(parser, arguments)
     registry = RegistryFile(settings.dir)
-    with registry.locked():
-        for folder in options.runs:
-            stored = registry.read() if registry.exists else None
-            changed, version = register(stored, run_address(folder))
-            if not changed.promoted:
-                changed = changed.promote(version.name)
-            if changed != stored:
-                registry.write(changed, "registered", run=folder)
-    return serve(settings, registry)
+    with registry.served():
+        with registry.locked():
+            for folder in options.runs:
+                stored = registry.read() if registry.exists else None
+                changed, version = register(stored, run_address(folder))
+                if not changed.promoted:
+                    changed = changed.promote(version.name)
+                if changed != stored:
+                    registry.write(changed, "registered", run=folder)
+        return serve(settings, registry)
 
 
 def parse(parser: Any, arguments: Sequence[str]) -> tuple[Any, ServeSettings]:
@@ -72,8 +75,10 @@ def serve(settings: ServeSettings, file: RegistryFile) -> int:
     registry = file.read()
     if settings.asks_for_keys and not KeyFile(settings.dir).names():
         raise ConfigError(
-            f"{settings.host} asks for API keys, but there is none; make one with `raylign keys add NAME`"
+            f"{settings.host} asks for API keys, but there is none; make one with "
+            f"`raylign keys --dir {settings.dir} add NAME`"
         )
+    check_port(settings)
     placeholder = getattr(load_processor(registry.base.folder), "image_token", None)
     connect(settings.cluster)
     check_room(roles(settings, registry))
@@ -85,6 +90,8 @@ def serve(settings: ServeSettings, file: RegistryFile) -> int:
     with running_app(settings, registry, [placeholder] if placeholder else []) as endpoint:
         check_door(settings)
         names = ", ".join([BASE, "aligned", *registry.versions])
+        if settings.page:
+            print(f"page: {address(settings)}/", flush=True)
         print(f"serving {names} at {address(settings)}/v1 until Ctrl-C", flush=True)
         try:
             follow(file, endpoint, registry, status, stop)
@@ -123,12 +130,12 @@ def announce(file: RegistryFile, before: Registry) -> int:
     """
     wanted = file.read()
     share = f"; {wanted.candidate.version} gets {wanted.candidate.share:g} of it" if wanted.candidate else ""
-    print(f"aligned is {wanted.aligned.name}{share}")
+    outcome = f"aligned is {wanted.aligned.name}{share}"
     status = file.folder / "status.json"
     deadline = time.monotonic() + ANNOUNCE_TIMEOUT_S
     while time.monotonic() < deadline:
         if not status.is_file() or time.time() - status.stat().st_mtime > SILENT_S:
-            print("no server is running; the next one will serve it")
+            print(f"{outcome}; no server is running, and the next one will serve it")
             return 0
         said = json.loads(status.read_text())
         if said["serial"] >= wanted.serial and said["fault"]:
@@ -137,7 +144,7 @@ def announce(file: RegistryFile, before: Registry) -> int:
                     file.write(replace(before, serial=wanted.serial), "taken back", fault=said["fault"])
             raise ClusterError(f"the server cannot serve it, so nothing was changed: {said['fault']}")
         if said["serial"] >= wanted.serial:
-            print("the server serves it")
+            print(f"{outcome}; the server serves it")
             return 0
         time.sleep(WATCH_S / 5)
     raise ClusterError(f"the server did not take the change within {ANNOUNCE_TIMEOUT_S:.0f} s; look at what it prints")
@@ -147,6 +154,22 @@ def address(settings: ServeSettings) -> str:
     """Where this machine reaches the endpoint."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def check_port(settings: ServeSettings) -> None:
+    """Ray Serve would share a port with another Ray Serve, and each would get some of the requests.
+
+    Raises:
+        ConfigError: something listens there already.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just left is free
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(f"port: {settings.port} of {settings.host} is taken; give another, port=…") from None
 
 
 def check_door(settings: ServeSettings) -> None:

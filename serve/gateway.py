@@ -171,8 +171,9 @@ class Gateway:
             owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
             if owner is None:
                 self.metrics.refused("key")
+                needed = "this API key is not valid" if key else "an API key is needed: Authorization: Bearer KEY"
                 raise ApiError(
-                    401, "an API key is needed: Authorization: Bearer KEY", "invalid_api_key",
+                    401, needed, "invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
             client = owner

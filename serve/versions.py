@@ -142,6 +142,20 @@ class RegistryFile:
         self._store.append_row("decisions.jsonl", {"time": round(time.time()), "event": event, **values})
 
     @contextmanager
+    def served(self) -> Iterator[None]:
+        """While a server follows it; there can be one.
+
+        Raises:
+            DataError: another one does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / "serving.lock", blocking=False):
+                yield
+        except Timeout:
+            raise DataError(f"another `raylign serve` serves {self.folder}; end it, or give another dir=…") from None
+
+    @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, no other process changes the registry.
 

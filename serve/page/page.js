@@ -33,7 +33,8 @@ async function loadModels() {
   if (response.status === 401) {
     byId("settings").open = true;
     byId("key").focus();
-    throw new Error("This server asks for an API key: give it in the settings.");
+    const wrong = byId("key").value.trim();
+    throw new Error(wrong ? "This API key is not valid." : "This server asks for an API key: give it in the settings.");
   }
   if (!response.ok) throw new Error(await errorOf(response));
   models = Object.fromEntries((await response.json()).data.map((model) => [model.id, model]));
@@ -157,7 +158,7 @@ async function answer(turn, messages) {
   if (!blind || !votable) reveal(sides);
   if (votable) offerVotes(turn, sides);
   else turn.querySelector(".votes").hidden = true;
-  say("");
+  say(votable && !usable.length ? "Both answers are empty; the question is in the box again." : "");
   const read = sides.map((side, index) => `${["Left", "Right"][index]}: ${side.text || "no answer"}`);
   byId("announced").textContent = read.join(" ");
   turn.scrollIntoView({ block: "end" });
@@ -189,6 +190,10 @@ async function stream(side, messages, signal) {
       paragraph.textContent = side.text;
     }
     side.done = true;
+    if (!side.text) {
+      paragraph.classList.add("empty");
+      paragraph.textContent = "An empty answer.";
+    }
     side.card.querySelector(".time").textContent = `${((performance.now() - began) / 1000).toFixed(1)} s`;
   } catch (error) {
     if (error.name !== "AbortError") {
@@ -258,7 +263,8 @@ function offerVotes(turn, sides) {
         if (turn === log.lastElementChild) kept = chosen.text;
       }
       reveal(sides);
-      say("Thank you, your choice is kept.");
+      const same = chosen && sides[0].text === sides[1].text;
+      say(same ? "Thank you; but the answers are the same, so nothing can be learned." : "Thank you, your choice is kept.");
     };
   }
 }

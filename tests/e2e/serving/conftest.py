@@ -90,7 +90,7 @@ def server(
     ]  # fmt: skip
     refused = raylign(*arguments)
     assert refused.code == 3
-    assert "raylign keys add NAME" in refused.output
+    assert f"raylign keys --dir {folder} add NAME" in refused.output
     made = raylign("keys", "--dir", str(folder), "add", "tests")
     process = start(*arguments)
     read_until(process, "until Ctrl-C")

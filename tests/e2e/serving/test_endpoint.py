@@ -19,7 +19,7 @@ import psutil
 import pytest
 from openai import AsyncOpenAI
 
-from tests.e2e.conftest import ROOT, listeners, raylign
+from tests.e2e.conftest import ROOT, free_port, listeners, raylign
 from tests.e2e.serving.conftest import ASKED, MESSAGES, PER_MINUTE, PICTURE, RUNNING, SEEN, URL, WAITING, Server
 
 
@@ -163,6 +163,17 @@ def test_nobody_comes_in_without_a_valid_key(server: Server) -> None:
 
 def test_the_endpoint_listens_on_loopback_only(server: Server) -> None:
     assert listeners(int(server.url.rpartition(":")[2])) == {"0100007F"}
+
+
+def test_a_second_server_in_the_same_place_is_refused_at_once(server: Server, full_run: Path, tmp_path: Path) -> None:
+    same_folder = server.run("serve", str(full_run), f"port={free_port()}")
+    assert same_folder.code == 4
+    assert "another `raylign serve` serves" in same_folder.output
+    port = server.url.rpartition(":")[2]
+    same_port = raylign("serve", str(full_run), f"dir={tmp_path}", f"port={port}")
+    assert same_port.code == 3
+    assert f"port: {port} of 127.0.0.1 is taken; give another" in same_port.output
+    assert {server.get("/v1/models").status_code for _ in range(10)} == {200}
 
 
 def test_one_client_too_eager_does_not_hold_up_the_others(server: Server) -> None:
