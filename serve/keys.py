@@ -33,8 +33,10 @@ class KeyFile:
         """Make a key and return it; it is kept nowhere.
 
         Raises:
-            DataError: there is one of that name.
+            DataError: the name is blank, or there is a key of that name.
         """
+        if not name.strip():
+            raise DataError("a key needs a name: raylign keys add NAME")
         key = PREFIX + secrets.token_urlsafe(32)
         with self._locked():
             keys = self._read()

@@ -93,7 +93,10 @@ class Registry:
             DataError: there was none.
         """
         if len(self.promoted) < 2:
-            raise DataError("there is no version before this one to go back to")
+            told = "there is no version before this one to go back to"
+            if self.candidate:
+                told += f"; `raylign promote {self.versions[self.candidate.version].run} --canary 0` ends the canary"
+            raise DataError(told)
         return replace(self, promoted=self.promoted[:-1])
 
 

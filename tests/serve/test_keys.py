@@ -20,6 +20,11 @@ def test_keys_have_names_and_only_their_hashes_are_stored(tmp_path: Path) -> Non
     assert (tmp_path / "keys.json").stat().st_mode & 0o077 == 0
 
 
+def test_a_key_without_a_name_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="needs a name"):
+        KeyFile(str(tmp_path)).add(" ")
+
+
 def test_another_process_takes_note_of_new_and_revoked_keys(tmp_path: Path) -> None:
     server, person = KeyFile(str(tmp_path)), KeyFile(str(tmp_path))
     assert server.owner("rl-none") is None

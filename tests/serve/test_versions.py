@@ -32,6 +32,11 @@ def test_promotions_stack_up_and_are_taken_back_one_by_one() -> None:
         twice.roll_back().roll_back()
 
 
+def test_who_goes_back_while_there_is_a_canary_only_is_told_how_to_end_it() -> None:
+    with pytest.raises(DataError, match="promote /runs/b --canary 0"):
+        registry("a", "b", promoted=("a",), candidate=Candidate("b", 0.1)).roll_back()
+
+
 def test_a_promoted_candidate_is_no_candidate_any_more() -> None:
     assert registry("a", candidate=Candidate("a", 0.1)).promote("a").candidate is None
     assert registry("a", "b", candidate=Candidate("b", 0.1)).promote("a").candidate == Candidate("b", 0.1)
