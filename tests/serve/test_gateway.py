@@ -16,7 +16,7 @@ from serve.gateway import EVENTS, TRIES, Gateway
 from serve.settings import ServeSettings
 
 HEAD, PIECE = Head(200, EVENTS, "base", "abc"), b'data: {"choices": []}\n\n'
-ASKED = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+ASKED = json.dumps({"model": "base", "messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
 
 
 class Answer:
@@ -24,7 +24,6 @@ class Answer:
 
     def __init__(self, messages: list[Any]):
         self._messages = iter(messages)
-        self.cancelled = False
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
@@ -38,7 +37,7 @@ class Answer:
         return message
 
     def cancel(self) -> None:
-        self.cancelled = True
+        pass
 
 
 class Handle:
@@ -57,7 +56,7 @@ class Handle:
         return self._answers[self.asked - 1]
 
 
-def ask(handle: Handle, folder: Path, full: bool = False, **fields: Any) -> httpx.Response:
+def ask(handle: Handle, folder: Path, full: bool = False, content: bytes = ASKED) -> httpx.Response:
     async def scene() -> httpx.Response:
         gateway = Gateway(ServeSettings(dir=str(folder)).model_dump(mode="json"), {"base": handle, "slot": handle}, [])  # type: ignore[dict-item]
         gateway.reconfigure({
@@ -68,7 +67,6 @@ def ask(handle: Handle, folder: Path, full: bool = False, **fields: Any) -> http
             gateway._count("base", gateway._room)
         transport = httpx.ASGITransport(await gateway.__serve_build_asgi_app__())
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            content = fields.pop("content", None) or json.dumps(ASKED).encode()
             headers = {"Content-Type": "application/json"}
             return await client.post("/v1/chat/completions", content=content, headers=headers)
 
