@@ -13,7 +13,7 @@ from jobs.serve import announce, parse, register
 from rl.config import AlignConfig
 from rl.store import RunFolder
 from serve.gate import Verdict, compare
-from serve.settings import GateSettings, ServeSettings
+from serve.settings import GateSettings, PromoteSettings
 from serve.versions import Candidate, RegistryFile
 
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parse the command line, judge the run, change the registry and wait for the server; returns the exit code."""
     parser = job_parser(
         "promote", "Make a run the one behind the name `aligned`: here, and in a server that is running. It must pass "
-        "the gate: against the serving version, on the prompts that both held out.", ServeSettings, positional=False,
+        "the gate: against the serving version, on the prompts that both held out.", PromoteSettings, positional=False,
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="promote it whatever the gate says; the verdict is kept")
     parser.add_argument("--canary", type=float, metavar="SHARE", help="only give it this share of the traffic, 0 to 1")
@@ -31,9 +31,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.canary is not None and not 0 <= options.canary <= 1:
         parser.error("--canary must be from 0 to 1")
     file = RegistryFile(settings.dir)
+    folder = run_address(options.runs[0])
+    file.read()  # where nothing is served nothing is left behind
     with file.locked():
         before = file.read()
-        folder = run_address(options.runs[0])
         changed, version = register(before, folder)
         if options.canary == 0:
             file.write(replace(changed, candidate=None), "canary", version=version.name, share=0)
@@ -42,16 +43,18 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         else:
             verdict = judged(folder, before.aligned.run, settings.gate)
-            print(verdict)
             told = {
                 "version": version.name, "against": before.aligned.name, "verdict": verdict.figures,
                 "limits": settings.gate.model_dump(), "passed": verdict.passed,
             }  # fmt: skip
             if not verdict.passed and not options.force:
-                file.write(before, "refused", **told)
+                file.log("refused", **told)
                 raise DataError(
-                    f"{version.name} is not promoted: {'; '.join(verdict.faults)}; --force promotes it all the same"
+                    f"{version.name} is not promoted: against {before.aligned.name}, {'; '.join(verdict.faults)}; "
+                    f"--force promotes it all the same"
                 )
+            forced = "" if verdict.passed else "; --force promotes it all the same"
+            print(f"{verdict}, against {before.aligned.name}{forced}")
             if options.canary:
                 wanted = replace(changed, candidate=Candidate(version.name, options.canary))
                 file.write(wanted, "canary", share=options.canary, **told)

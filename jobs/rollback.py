@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from jobs.cli import job_parser, run
-from jobs.serve import announce, parse
-from serve.settings import ServeSettings
+from jobs.serve import CONFIG_HELP, announce, serve_settings
+from serve.settings import FolderSettings
 from serve.versions import RegistryFile
 
 
@@ -13,12 +13,15 @@ def main(arguments: Sequence[str]) -> int:
     """Parse the command line, change the registry and wait for the server; returns the exit code."""
     parser = job_parser(
         "rollback", "Put the version behind the name `aligned` that was there before: here, and in a running server.",
-        ServeSettings, positional=False,
+        FolderSettings, positional=False,
     )  # fmt: skip
-    options, settings = parse(parser, arguments)
-    if options.runs:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config below")
+    parser.add_argument("--config", help=CONFIG_HELP)
+    options = parser.parse_intermixed_args(arguments)
+    if any("=" not in one for one in options.overrides):
         parser.error("rollback takes no run: it goes back by one version")
-    file = RegistryFile(settings.dir)
+    file = RegistryFile(serve_settings(options.config, options.overrides).dir)
+    file.read()  # where nothing is served nothing is left behind
     with file.locked():
         before = file.read()
         wanted = before.roll_back()

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,13 @@ from jobs.paths import run_address
 from rl.adapters import ENGINE_RANKS
 from rl.config import AlignConfig
 from rl.policy import load_processor, merge_adapter, resolve_model
-from rl.store import RunFolder
 from serve.app import BASE, Endpoint, roles, running_app
 from serve.keys import KeyFile
 from serve.settings import ServeSettings
-from serve.versions import REVISION_DIGITS, Registry, RegistryFile, Version, weights_digest
+from serve.versions import REVISION_DIGITS, Registry, RegistryFile, Said, Version, weights_digest
 
 WATCH_S = 1.0
-SILENT_S = 30.0
-"""A server that has not touched status.json for so long is gone."""
+CONFIG_HELP = "YAML file with the fields below, or with all those of `raylign serve`"
 DOOR_TIMEOUT_S = 60.0
 ANNOUNCE_TIMEOUT_S = 1800.0
 
@@ -45,6 +42,10 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     options, settings = parse(parser, arguments)
     registry = RegistryFile(settings.dir)
+    for folder in options.runs:
+        check_run(run_address(folder))
+    if not options.runs:
+        registry.read()
     with registry.served():
         with registry.locked():
             for folder in options.runs:
@@ -62,12 +63,17 @@ def parse(parser: Any, arguments: Sequence[str]) -> tuple[Any, ServeSettings]:
     parser.add_argument(
         "runs", nargs="*", metavar="RUN | key=value", help="run folders, and fields of the config below"
     )
-    parser.add_argument("--config", help="YAML file with the fields below")
+    parser.add_argument("--config", help=CONFIG_HELP)
     options = parser.parse_intermixed_args(arguments)
     overrides = [one for one in options.runs if "=" in one]
     options.runs = [one for one in options.runs if "=" not in one]
-    settings = load_config(ServeSettings, options.config, overrides)
-    return options, settings.model_copy(update={"dir": run_address(settings.dir)})
+    return options, serve_settings(options.config, overrides)
+
+
+def serve_settings(config: str | None, overrides: Sequence[str]) -> ServeSettings:
+    """The settings from a file, if there is one, and overrides; see `load_config`."""
+    settings = load_config(ServeSettings, config, overrides)
+    return settings.model_copy(update={"dir": run_address(settings.dir)})
 
 
 def serve(settings: ServeSettings, file: RegistryFile) -> int:
@@ -76,50 +82,37 @@ def serve(settings: ServeSettings, file: RegistryFile) -> int:
     if settings.asks_for_keys and not KeyFile(settings.dir).names():
         raise ConfigError(
             f"{settings.host} asks for API keys, but there is none; make one with "
-            f"`raylign keys --dir {settings.dir} add NAME`"
+            f"`raylign keys add NAME dir={settings.dir}`"
         )
     check_port(settings)
     placeholder = getattr(load_processor(registry.base.folder), "image_token", None)
     connect(settings.cluster)
     check_room(roles(settings, registry))
     print("starting the engines; this takes about a minute on a CPU", flush=True)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set() if not stop.is_set() else os._exit(130))
-    status = Path(settings.dir) / "status.json"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with running_app(settings, registry, [placeholder] if placeholder else []) as endpoint:
         check_door(settings)
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set() if not stop.is_set() else os._exit(130))
         names = ", ".join([BASE, "aligned", *registry.versions])
         if settings.page:
             print(f"page: {address(settings)}/", flush=True)
         print(f"serving {names} at {address(settings)}/v1 until Ctrl-C", flush=True)
-        try:
-            follow(file, endpoint, registry, status, stop)
-        finally:
-            status.unlink(missing_ok=True)
+        follow(file, endpoint, registry, stop)
         print("stopping", flush=True)
     return 130
 
 
-def follow(file: RegistryFile, endpoint: Endpoint, registry: Registry, status: Path, stop: threading.Event) -> None:
-    """Apply each change of the registry, and say in status.json which one is in force."""
-
-    def say(fault: str) -> None:
-        RunFolder(str(status.parent)).write_json(status.name, {"serial": registry.serial, "fault": fault})
-
-    def beat() -> None:
-        while not stop.wait(WATCH_S):
-            with suppress(FileNotFoundError):
-                os.utime(status)
-
-    say("")
-    threading.Thread(target=beat, daemon=True).start()
+def follow(file: RegistryFile, endpoint: Endpoint, registry: Registry, stop: threading.Event) -> None:
+    """Apply each change of the registry, and say beside it which one is in force."""
+    file.say(Said(registry.serial, ""))
     while not stop.wait(WATCH_S):
         if (found := file.read()).serial != registry.serial:
             registry = found
             fault = endpoint.apply(registry)
-            say(fault)
-            print(fault or f"aligned is {registry.aligned.name}", flush=True)
+            file.say(Said(registry.serial, fault))
+            print(fault or registry, flush=True)
 
 
 def announce(file: RegistryFile, before: Registry) -> int:
@@ -129,22 +122,21 @@ def announce(file: RegistryFile, before: Registry) -> int:
         ClusterError: it cannot, so the registry is as `before` again.
     """
     wanted = file.read()
-    share = f"; {wanted.candidate.version} gets {wanted.candidate.share:g} of it" if wanted.candidate else ""
-    outcome = f"aligned is {wanted.aligned.name}{share}"
-    status = file.folder / "status.json"
     deadline = time.monotonic() + ANNOUNCE_TIMEOUT_S
+    if file.is_served and file.said is None:
+        print("the server is still starting; this waits for it", flush=True)
     while time.monotonic() < deadline:
-        if not status.is_file() or time.time() - status.stat().st_mtime > SILENT_S:
-            print(f"{outcome}; no server is running, and the next one will serve it")
+        if not file.is_served:
+            print(f"{wanted}; no server is running, and the next one will serve it")
             return 0
-        said = json.loads(status.read_text())
-        if said["serial"] >= wanted.serial and said["fault"]:
+        said = file.said
+        if said and said.serial >= wanted.serial and said.fault:
             with file.locked():
                 if file.read() == wanted:  # nobody has changed it since
-                    file.write(replace(before, serial=wanted.serial), "taken back", fault=said["fault"])
-            raise ClusterError(f"the server cannot serve it, so nothing was changed: {said['fault']}")
-        if said["serial"] >= wanted.serial:
-            print(f"{outcome}; the server serves it")
+                    file.write(replace(before, serial=wanted.serial), "taken back", fault=said.fault)
+            raise ClusterError(f"the server cannot serve it, so nothing was changed: {said.fault}")
+        if said and said.serial >= wanted.serial:
+            print(f"{wanted}; the server serves it")
             return 0
         time.sleep(WATCH_S / 5)
     raise ClusterError(f"the server did not take the change within {ANNOUNCE_TIMEOUT_S:.0f} s; look at what it prints")
@@ -190,19 +182,29 @@ def check_door(settings: ServeSettings) -> None:
         raise ClusterError(f"{url} answers {status} without a key, but {expected} was expected; nothing is served")
 
 
-def register(registry: Registry | None, folder: str) -> tuple[Registry, Version]:
-    """The registry with the model of a run as a version, and that version.
+def check_run(folder: str) -> AlignConfig:
+    """The config of a run that has a model.
 
     Raises:
-        DataError: the folder is no run, its model was not written yet, or it was made from another base.
+        DataError: the folder is no run, or its model was not written yet.
     """
     path = Path(folder)
     if not (path / "config.yaml").is_file():
         raise DataError(f"{folder} is no run folder (no config.yaml); give the run.dir of a finished run")
-    config = load_config(AlignConfig, str(path / "config.yaml"), [])
-    model = path / "model"
-    if not model.is_dir():
+    if not (path / "model").is_dir():
         raise DataError(f"{folder} has no model yet; let the run finish, or go on with it by --resume")
+    return load_config(AlignConfig, str(path / "config.yaml"), [])
+
+
+def register(registry: Registry | None, folder: str) -> tuple[Registry, Version]:
+    """The registry with the model of a run as a version, and that version.
+
+    Raises:
+        DataError: it is no run with a model, or it was made from another base.
+    """
+    config = check_run(folder)
+    path = Path(folder)
+    model = path / "model"
     base = model_folder(config.policy.model)
     base_revision = weights_digest(base)
     rank = 0

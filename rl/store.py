@@ -166,7 +166,7 @@ class RunFolder:
         self.write_bytes(name, text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        self.write_bytes(name, _json(value, indent=1))
 
     def read_json(self, name: str) -> Any:
         """The file's value.
@@ -192,13 +192,13 @@ class RunFolder:
         return f"{counted(len(faults), 'row')} cannot be used; {self.url(BAD_ROWS)} lists them"
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        lines = b"".join(map(_json, rows))
         if self.is_local:
-            with self.filesystem.open(self.path(name), "a", encoding="utf-8") as file:
+            with self.filesystem.open(self.path(name), "ab") as file:
                 file.write(lines)
         else:
-            before = self.filesystem.cat_file(self.path(name)).decode() if self.exists(name) else ""
-            self.write_text(name, before + lines)
+            before = self.filesystem.cat_file(self.path(name)) if self.exists(name) else b""
+            self.write_bytes(name, before + lines)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """All rows of a JSON-lines file; none if it does not exist."""
@@ -211,7 +211,7 @@ class RunFolder:
         """Drop rows and evaluations of steps after `step`, which a resumed run makes again; pairs stay, to be used."""
         for name in ("metrics.jsonl", "publications.jsonl"):
             if rows := self.rows(name):
-                self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+                self.write_bytes(name, b"".join(_json(row) for row in rows if row["step"] <= step))
         for evaluation in read_evaluations(self):
             if evaluation["version"] > step:
                 self.filesystem.rm(self.path(evaluation_file(evaluation["version"])))
@@ -262,6 +262,11 @@ class RunFolder:
         """Numbers of the steps whose pairs are complete."""
         names = self.filesystem.glob(self.path("pairs/step-*.json"))
         return sorted(int(name.rpartition("-")[2].removesuffix(".json")) for name in names)
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    """As a person reads it; half a character, which UTF-8 cannot have, is escaped."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def evaluation_file(version: int) -> str:

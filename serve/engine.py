@@ -7,11 +7,14 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm.deployment import LLMServer
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from serve.asgi import Head, run_asgi
-from serve.errors import ApiError
+from serve.errors import ApiError, malformed
 from serve.swap import SwapLock
 from serve.versions import Version, weights_digest
 
@@ -42,6 +45,7 @@ class Engine(LLMServer):
         await super().__init__(llm_config, engine_cls=OneProcessEngine)
         assert self.engine is not None
         self._app: Any = await self.engine.build_asgi_app()
+        self._app.add_exception_handler(RequestValidationError, _refuse)
         self._models = self._app.state.openai_serving_models
         self._swap = SwapLock()
         self._own: Version | None = None
@@ -161,6 +165,14 @@ class Engine(LLMServer):
                     else:
                         status, content_type = message
                         yield Head(status, content_type, held.name, held.revision)
+
+
+async def _refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+    """In place of vLLM's handler, which shows pydantic's own records."""
+    fault = error.errors()[0]
+    _body, *field = fault["loc"]
+    refused = malformed(str(field[0]) if field else None, fault["msg"])
+    return JSONResponse(refused.body, refused.status)
 
 
 async def _check_revision(version: Version) -> None:

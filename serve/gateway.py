@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from serve import requests
 from serve.asgi import Head
-from serve.errors import ApiError, too_many
+from serve.errors import ApiError, from_engine, too_many
 from serve.keys import KeyFile
 from serve.metrics import Metrics
 from serve.preferences import Preferences, Recorder
@@ -343,6 +343,8 @@ class Gateway:
                                 begun = True
                                 yield head
                             yield message
+                    if head is not None and head.status >= 400:
+                        raise from_engine(head.status, bytes(whole))
                     if not begun and head is not None:
                         yield head
                         yield bytes(whole)

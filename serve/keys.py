@@ -51,11 +51,10 @@ class KeyFile:
         Raises:
             DataError: there is none of that name.
         """
+        if name not in (keys := self._read()):
+            raise DataError(f"there is no key named {name}; there are {', '.join(keys) or 'none'}")
         with self._locked():
-            keys = self._read()
-            if name not in keys:
-                raise DataError(f"there is no key named {name}; there are {', '.join(keys) or 'none'}")
-            self._write({other: value for other, value in keys.items() if other != name})
+            self._write({other: value for other, value in self._read().items() if other != name})
 
     def owner(self, key: str) -> str | None:
         """The name of a key, None if it is none of these; takes as long for a wrong key as for a right one."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rl.store import RunFolder
 from rl.types import Completion, Judgement, Pair, PairBatch, PairValues, Prompt
 from serve.asgi import Head
-from serve.errors import ApiError
+from serve.errors import ApiError, malformed
 from serve.requests import Asked
 
 REMEMBERED = 500
@@ -123,8 +123,7 @@ class Preferences:
             said = Preference.model_validate_json(body)
         except ValidationError as error:
             fault = error.errors()[0]
-            where = ".".join(map(str, fault["loc"]))
-            raise ApiError(400, f"{where or 'the body'}: {fault['msg']}", "invalid_request", where or None) from None
+            raise malformed(".".join(map(str, fault["loc"])) or None, fault["msg"]) from None
         for name in (said.first, said.second):
             if name not in self._answers:
                 raise ApiError(404, f"the answer {name!r} is not remembered any more; ask again", "answer_not_found")
@@ -153,9 +152,9 @@ class Preferences:
         line = {
             "time": round(time.time()), "client": client, "choice": said.choice, "reason": said.reason, "step": step,
             "prompt": first.prompt.id, "versions": [first.version, second.version],
+            "answers": [first.completion.text, second.completion.text],
         }  # fmt: skip
-        with (self.folder / "choices.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._store.append_row("choices.jsonl", line)
 
 
 def _pair(chosen: Remembered, rejected: Remembered, reason: str) -> Pair:

@@ -71,11 +71,23 @@ class GateSettings(Settings):
     """Fewest prompts that both must have answered."""
 
 
-class ServeSettings(Settings):
-    """The whole of `raylign serve`."""
+class FolderSettings(Settings):
+    """What `raylign rollback` and `raylign keys` need to know."""
 
     dir: LocalPath = "runs/serving"
     """Folder with the registry of versions, the keys, the verdicts and the preferences of visitors."""
+
+
+class PromoteSettings(FolderSettings):
+    """What `raylign promote` needs to know."""
+
+    gate: GateSettings = GateSettings()
+    """What `raylign promote` asks of a run."""
+
+
+class ServeSettings(PromoteSettings):
+    """The whole of `raylign serve`. The commands beside it read the same file, so they take all of it."""
+
     host: str = "127.0.0.1"
     """Address to listen on. Where it is not loopback, every request needs an API key."""
     port: int = Field(8000, ge=1, le=65535)
@@ -94,8 +106,6 @@ class ServeSettings(Settings):
     """Limits of each client."""
     images: ImageSettings = ImageSettings()
     """Which images are taken."""
-    gate: GateSettings = GateSettings()
-    """What `raylign promote` asks of a run."""
 
     @property
     def asks_for_keys(self) -> bool:

@@ -1,6 +1,7 @@
 """The versions of the model that can be served, which of them is behind the name `aligned`, and how it got there."""
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from rl.store import RunFolder
 LOCK_TIMEOUT_S = 30.0
 REVISION_DIGITS = 12
 REGISTRY = "registry.json"
+STATUS = "status.json"
+SERVED_TIMEOUT_S = 1.0
+"""For whom asks just now whether there is a server."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,16 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What the running server made of the registry."""
+
+    serial: int
+    """Of the registry that it serves, or cannot."""
+    fault: str
+    """Why it cannot; "" if it does."""
+
+
+@dataclass(frozen=True)
 class Registry:
     """What is known and wanted; stored in registry.json."""
 
@@ -67,6 +81,10 @@ class Registry:
     def aligned(self) -> Version:
         """What the name `aligned` stands for; the base before anything is promoted."""
         return self.versions[self.promoted[-1]] if self.promoted else self.base
+
+    def __str__(self) -> str:
+        share = f"; {self.candidate.version} gets {self.candidate.share:g} of it" if self.candidate else ""
+        return f"aligned is {self.aligned.name}{share}"
 
     @property
     def wanted(self) -> list[Version]:
@@ -142,21 +160,55 @@ class RegistryFile:
     def write(self, registry: Registry, event: str, **values: Any) -> None:
         """Store it whole, and add a line to decisions.jsonl."""
         self._store.write_json(REGISTRY, asdict(replace(registry, serial=registry.serial + 1)))
+        self.log(event, **values)
+
+    def log(self, event: str, **values: Any) -> None:
+        """Add a line to decisions.jsonl."""
         self._store.append_row("decisions.jsonl", {"time": round(time.time()), "event": event, **values})
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """While a server follows it; there can be one.
+        """While a server follows it, or starts to; there can be one.
 
         Raises:
             DataError: another one does.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        status = self.folder / STATUS
         try:
-            with FileLock(self.folder / "serving.lock", blocking=False):
-                yield
+            with FileLock(self._serving_lock, timeout=SERVED_TIMEOUT_S):
+                status.unlink(missing_ok=True)  # of a server that was killed
+                try:
+                    yield
+                finally:
+                    status.unlink(missing_ok=True)
         except Timeout:
             raise DataError(f"another `raylign serve` serves {self.folder}; end it, or give another dir=…") from None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server follows it, or starts to."""
+        try:
+            with FileLock(self._serving_lock, blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    @property
+    def _serving_lock(self) -> Path:
+        return self.folder / "serving.lock"
+
+    def say(self, said: Said) -> None:
+        """By the server: tell what it made of the registry."""
+        self._store.write_json(STATUS, asdict(said))
+
+    @property
+    def said(self) -> Said | None:
+        """What the server told last; None before it has started."""
+        try:
+            return Said(**json.loads((self.folder / STATUS).read_text()))
+        except FileNotFoundError:
+            return None
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -3,6 +3,8 @@
 const byId = (id) => document.getElementById(id);
 const log = byId("log"), text = byId("text"), composer = byId("composer"), statusLine = byId("status");
 const MAX_BYTES = 20 * 2 ** 20;
+const KINDS = byId("file").accept.split(",");
+const HEALTH_EVERY_MS = 2000;
 
 let models = {};          // by id, as /v1/models gives them
 let pictures = [];        // data URLs to send with the next question
@@ -43,7 +45,16 @@ async function loadModels() {
     select.replaceChildren(...Object.keys(models).map((id) => new Option(id, id)));
     select.value = models[before] ? before : preferred;
   }
+  byId("max-tokens").max = models.base.max_model_len;
+  await untilStarted();
   say("");
+}
+
+async function untilStarted() {
+  while ((await fetch("health")).status === 503) {
+    say("The engines are still starting; this takes a minute or so.");
+    await new Promise((resolve) => setTimeout(resolve, HEALTH_EVERY_MS));
+  }
 }
 
 // Pictures: chosen, dropped or pasted.
@@ -57,8 +68,8 @@ function room() {
 
 async function addPictures(files) {
   for (const file of files) {
-    if (!file.type.startsWith("image/")) {
-      say(`${file.name} is not a picture.`, true);
+    if (!KINDS.includes(file.type)) {
+      say(`${file.name} is not a PNG, JPEG, WebP, GIF or BMP picture.`, true);
     } else if (file.size > MAX_BYTES) {
       say(`${file.name} is over 20 MiB; make it smaller.`, true);
     } else if (room() < 1) {
@@ -70,6 +81,14 @@ async function addPictures(files) {
         reader.onerror = () => reject(reader.error);
         reader.readAsDataURL(file);
       });
+      const image = new Image();
+      image.src = url;
+      try {
+        await image.decode();
+      } catch {
+        say(`${file.name} cannot be read as a picture.`, true);
+        continue;
+      }
       pictures.push(url);
       say(`Picture added; ${pictures.length} to send.`);
     }
@@ -104,7 +123,17 @@ function clone(id) {
 
 async function ask() {
   const question = text.value.trim();
-  if (running || !question) return;
+  if (running) return;
+  if (!question) {
+    say(pictures.length ? "Ask something about the picture." : "Ask something first.", true);
+    text.focus();
+    return;
+  }
+  if (!byId("max-tokens").checkValidity() || !byId("temperature").checkValidity()) {
+    byId("settings").open = true;
+    byId("settings").querySelector("input:invalid").reportValidity();
+    return;
+  }
   if (kept) history.push({ role: "assistant", content: [{ type: "text", text: kept }] });
   kept = null;
   const parts = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
@@ -204,6 +233,7 @@ async function stream(side, messages, signal) {
     }
   }
   side.card.setAttribute("aria-busy", "false");
+  side.card.querySelector(".copy").hidden = !side.text;
   side.card.querySelector(".copy").onclick = async () => {
     await copy(side.text);
     say("Copied.");
@@ -245,8 +275,9 @@ function offerVotes(turn, sides) {
   const votes = turn.querySelector(".votes");
   votes.disabled = false;
   for (const button of votes.querySelectorAll("button")) {
-    button.onclick = async () => {
+    button.onclick = async (event) => {
       votes.disabled = true;
+      if (event.detail === 0) text.focus();  // by the keyboard, whose place must not be lost
       const body = JSON.stringify({ first: sides[0].id, second: sides[1].id, choice: button.value });
       const response = await fetch("v1/preferences", {
         method: "POST", headers: headers({ "Content-Type": "application/json" }), body,
@@ -282,7 +313,13 @@ text.addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && running) running.abort();
+  if (event.key !== "Escape") return;
+  if (byId("settings").open) {
+    byId("settings").open = false;
+    byId("settings").querySelector("summary").focus();
+  } else {
+    running?.abort();
+  }
 });
 text.addEventListener("input", () => {
   text.rows = Math.min(6, text.value.split("\n").length);
@@ -324,6 +361,9 @@ document.addEventListener("drop", (event) => {
 byId("theme").onchange = () => {
   document.documentElement.dataset.theme = byId("theme").value;
 };
+document.addEventListener("click", (event) => {
+  if (!byId("settings").contains(event.target)) byId("settings").open = false;
+});
 byId("key").onchange = async () => {
   try {
     await loadModels();

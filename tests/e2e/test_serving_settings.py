@@ -7,7 +7,6 @@ import http.server
 import io
 import json
 import re
-import signal
 import threading
 import time
 from collections import Counter
@@ -20,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import Cluster, free_port, read_until, start
-from tests.e2e.serving.conftest import ASKED, PICTURE, SEEN, URL, Server
+from tests.e2e.conftest import Cluster, free_port
+from tests.e2e.serving.conftest import ASKED, PICTURE, SEEN, URL, Server, serving
 
 RUNNING, WAITING, LIMIT_S = 16, 800, 3
 LONG = ASKED | {"n": RUNNING, "temperature": 1, "max_tokens": 90, "ignore_eos": True}
@@ -30,16 +29,12 @@ LONG = ASKED | {"n": RUNNING, "temperature": 1, "max_tokens": 90, "ignore_eos": 
 @pytest.fixture(scope="module")
 def server(cluster: Cluster, full_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder, port = tmp_path_factory.mktemp("serving") / "there", free_port()
-    process = start(
+    with serving(
         "serve", str(full_run), f"dir={folder}", f"port={port}", f"cluster.address={cluster.address}",
         "page=false", "log_prompts=true", "images.hosts=[127.0.0.1,localhost]", f"limits.timeout_s={LIMIT_S}",
         "engine.slots=2", f"engine.max_sequences={RUNNING}", f"engine.max_waiting={WAITING}",
-    )  # fmt: skip
-    read_until(process, "until Ctrl-C")
-    yield Server(f"http://127.0.0.1:{port}", folder, key="none")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode == 130
+    ):  # fmt: skip
+        yield Server(f"http://127.0.0.1:{port}", folder, key="none")
 
 
 def test_there_is_no_page(server: Server) -> None:

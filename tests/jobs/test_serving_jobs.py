@@ -1,21 +1,20 @@
 """What serve, promote, rollback and keys do to the registry, without a server; and what a server tells them."""
 
 import json
+import re
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.errors import ClusterError, DataError
-from jobs import promote, rollback
-from jobs import serve as jobs_serve
+from jobs import keys, promote, rollback, serve
 from jobs.serve import announce, register
 from rl.config import AlignConfig
 from rl.policy import resolve_model
-from serve.versions import RegistryFile
+from serve.versions import RegistryFile, Said
 
 BASE = Path(resolve_model("rl/world/base"))
 
@@ -83,15 +82,21 @@ def test_what_is_no_finished_run_of_the_same_base_is_refused(tmp_path: Path, ser
         register(served.read(), str(elsewhere))
 
 
-def test_a_better_run_is_promoted_a_worse_one_is_not_unless_it_must_be(tmp_path: Path, served: RegistryFile) -> None:
+def test_a_better_run_is_promoted_a_worse_one_is_not_unless_it_must_be(
+    tmp_path: Path, served: RegistryFile, capsys: pytest.CaptureFixture[str]
+) -> None:
     better, worse = make_run(tmp_path / "two", b"2", evaluated=9), make_run(tmp_path / "three", b"3", evaluated=1)
     where = f"dir={served.folder}"
     assert promote.main([str(better), where]) == 0
     assert served.read().aligned.name.startswith("two-")
-    with pytest.raises(DataError, match=r"three-\w+ is not promoted: win rate is 0, but gate.win_rate asks for 0.5"):
+    before = served.read()
+    refusal = r"three-\w+ is not promoted: against two-\w+, win rate is 0, but gate.win_rate asks for 0.5"
+    with pytest.raises(DataError, match=refusal):
         promote.main([str(worse), where])
-    assert "three" not in str(served.read().versions)
+    assert served.read() == before, "a server is not told of a refusal"
+    capsys.readouterr()
     assert promote.main([str(worse), where, "--force"]) == 0
+    assert re.match(r"gate not passed: .* against two-\w+; --force promotes it all the same\n", capsys.readouterr().out)
     assert served.read().aligned.name.startswith("three-")
     assert rollback.main([where]) == 0
     assert served.read().aligned.name.startswith("two-")
@@ -112,34 +117,44 @@ def test_a_candidate_comes_and_goes_without_changing_what_is_aligned(tmp_path: P
     assert served.read().candidate is None
 
 
-def test_what_a_server_cannot_load_is_taken_back(
-    tmp_path: Path, served: RegistryFile, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_server_cannot_load_is_taken_back(tmp_path: Path, served: RegistryFile) -> None:
     before = served.read()
     changed, version = register(before, str(make_run(tmp_path / "two", b"2")))
     served.write(changed.promote(version.name), "promoted")
-    status = served.folder / "status.json"
-    status.write_text(json.dumps({"serial": before.serial, "fault": ""}))
-
-    def server() -> None:
-        time.sleep(0.1)
-        status.write_text(json.dumps({"serial": before.serial + 1, "fault": "no room"}))
-
-    threading.Thread(target=server).start()
-    with pytest.raises(ClusterError, match="nothing was changed: no room"):
-        announce(served, before)
+    with served.served():
+        served.say(Said(before.serial, ""))
+        threading.Timer(0.1, served.say, [Said(before.serial + 1, "no room")]).start()
+        with pytest.raises(ClusterError, match="nothing was changed: no room"):
+            announce(served, before)
     assert served.read().aligned == before.aligned
 
 
-def test_a_server_that_serves_it_is_waited_for_and_one_that_is_gone_is_not(
-    served: RegistryFile, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_server_is_waited_for_even_while_it_starts_and_one_that_is_gone_is_not(
+    served: RegistryFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    said = Said(served.read().serial, "")
+    served.say(said)  # by a server that was killed
     assert announce(served, served.read()) == 0
     assert "no server is running" in capsys.readouterr().out
-    status = served.folder / "status.json"
-    status.write_text(json.dumps({"serial": served.read().serial, "fault": ""}))
-    assert announce(served, served.read()) == 0
-    assert "the server serves it" in capsys.readouterr().out
-    monkeypatch.setattr(jobs_serve, "SILENT_S", -1.0)
+    with served.served():
+        threading.Timer(0.1, served.say, [said]).start()
+        assert announce(served, served.read()) == 0
+    assert re.search("still starting.*\n.*the server serves it", capsys.readouterr().out)
     assert announce(served, served.read()) == 0
     assert "no server is running" in capsys.readouterr().out
+
+
+def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, where = make_run(tmp_path / "one"), f"dir={tmp_path / 'typo'}"
+    for command, arguments in (
+        (promote.main, [str(run)]),
+        (rollback.main, []),
+        (serve.main, []),
+        (serve.main, [str(tmp_path / "none")]),
+        (keys.main, ["revoke", "anna"]),
+    ):
+        with pytest.raises(DataError):
+            command([*arguments, where])
+    assert keys.main(["list", where]) == 0
+    assert "there are no keys; `raylign keys add NAME` makes one" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()

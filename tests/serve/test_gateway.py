@@ -103,6 +103,25 @@ def test_a_replica_lost_before_the_answer_is_replaced_and_after_it_said_so(lost:
     assert (given_up.status_code, given_up.json()["error"]["code"], handle.asked) == (503, "replica_lost", TRIES)
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "message", "code"),
+    [
+        (400, {"message": "too hot", "param": "temperature", "code": 400}, "too hot", "invalid_request"),
+        (404, {"message": "gone", "param": "model", "code": "model_not_found"}, "gone", "model_not_found"),
+        (500, {"message": "secret", "param": None, "code": 500}, "the engine failed; its log says why", "engine_error"),
+        (500, "secret", "the engine failed; its log says why", "engine_error"),
+    ],
+)
+def test_what_an_engine_refuses_is_said_in_openais_shape(
+    status: int, body: Any, message: str, code: str, tmp_path: Path
+) -> None:
+    refused = [Head(status, "application/json", "base", "abc"), json.dumps({"error": body}).encode()]
+    answer = ask(Handle(refused), tmp_path)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["message"]) == (status, code, message)
+    assert logged(tmp_path) == status
+
+
 def test_without_room_not_even_the_body_is_parsed_whatever_idle_slots_there_are(tmp_path: Path) -> None:
     refused = ask(Handle(), tmp_path, full=True, content=b"no JSON")
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")

@@ -87,6 +87,7 @@ def test_equal_bad_and_identical_answers_make_no_pair_but_are_kept(kept: Prefere
     assert [(line["choice"], line["step"]) for line in lines] == [
         ("both_bad", None), ("tie", None), ("first", 1), ("first", None),
     ]  # fmt: skip
+    assert lines[0]["answers"] == ["there is a red circle at the top left.", "there is a blue square at the top left."]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,25 @@ class Server:
         return raylign(command, *arguments, f"dir={self.folder}")
 
     def key_of(self, name: str) -> str:
-        made = raylign("keys", "--dir", str(self.folder), "add", name)
+        made = raylign("keys", "add", name, f"dir={self.folder}")
         assert made.code == 0, made.output
         return next(line for line in made.output.splitlines() if line.startswith("rl-"))
 
     @property
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, timeout=120, max_retries=0)
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[None]:
+    """While a `raylign` command serves; it must end well on Ctrl-C, and say nothing but that."""
+    process = start(*arguments)
+    read_until(process, "until Ctrl-C")
+    yield
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1] == "stopping", output
 
 
 @pytest.fixture(scope="package")
@@ -90,11 +103,7 @@ def server(
     ]  # fmt: skip
     refused = raylign(*arguments)
     assert refused.code == 3
-    assert f"raylign keys --dir {folder} add NAME" in refused.output
-    made = raylign("keys", "--dir", str(folder), "add", "tests")
-    process = start(*arguments)
-    read_until(process, "until Ctrl-C")
-    yield Server(f"http://127.0.0.1:{port}", folder, made.output.splitlines()[0])
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert f"raylign keys add NAME dir={folder}" in refused.output
+    made = raylign("keys", "add", "tests", f"dir={folder}")
+    with serving(*arguments):
+        yield Server(f"http://127.0.0.1:{port}", folder, made.output.splitlines()[0])

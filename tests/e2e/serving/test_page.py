@@ -93,10 +93,12 @@ def test_a_question_with_a_picture_is_answered_twice_and_a_choice_becomes_a_pair
     assert page.evaluate("navigator.clipboard.readText()") == answers.nth(1).locator("p").inner_text()
     page.screenshot(path=tmp_path / "page.png", full_page=True)
 
-    turn.get_by_role("button", name="Both bad").click()
+    turn.get_by_role("button", name="Both bad").press("Enter")
     page.get_by_text("your choice is kept").wait_for()
+    assert page.evaluate("document.activeElement.id") == "text", "the place of who uses the keyboard is not lost"
     log = (server.folder / "preferences/choices.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["choice"] == "both_bad"
+    said = json.loads(log[-1])
+    assert (said["choice"], said["answers"]) == ("both_bad", answers.locator("p").all_inner_texts())
 
     page.get_by_label("Temperature").evaluate("element => { element.value = 1.8; }")
     for _ in range(10):  # until the two answers differ
@@ -128,6 +130,31 @@ def test_pictures_come_by_drop_and_paste_and_can_be_taken_away(page: Any, pictur
         page.get_by_alt_text("Picture 1 to send").wait_for()
         page.get_by_role("button", name="Remove picture 1").click()
         assert page.locator("#thumbnails li").count() == 0
+
+
+def test_what_cannot_be_sent_is_said_before_it_is(page: Any, picture: Path, tmp_path: Path) -> None:
+    page.on("request", lambda request: page.faults.append("sent") if "chat" in request.url else None)
+    (tmp_path / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (tmp_path / "torn.png").write_bytes(picture.read_bytes()[:40])
+    for name, says in (
+        ("drawing.svg", "drawing.svg is not a PNG, JPEG, WebP, GIF or BMP picture."),
+        ("torn.png", "torn.png cannot be read as a picture."),
+    ):
+        page.locator("#file").set_input_files(str(tmp_path / name))
+        expect(page.get_by_role("status")).to_have_text(says)
+        assert page.locator("#thumbnails li").count() == 0
+    page.locator("#file").set_input_files(str(picture))
+    page.get_by_alt_text("Picture 1 to send").wait_for()
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("status")).to_have_text("Ask something about the picture.")
+    page.get_by_text("Settings").click()
+    page.get_by_label("Longest answer").fill("9999")
+    page.keyboard.press("Escape")
+    page.locator("#settings:not([open])").wait_for()
+    page.get_by_label("Question", exact=True).fill("What do you see?")
+    page.keyboard.press("Enter")
+    page.locator("#settings[open]").wait_for()
+    assert page.evaluate("document.activeElement.id") == "max-tokens"
 
 
 def test_an_answer_can_be_stopped_and_a_hidden_side_is_shown_after_the_choice(page: Any, picture: Path) -> None:
