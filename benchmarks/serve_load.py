@@ -248,10 +248,6 @@ def main() -> None:
                         seen = asyncio.run(level(url, clients, options.seconds, "base"))
                         rates.setdefault((name, clients), []).append(seen.ended["done"] / seen.seconds)
                         print(seen.row(name, clients), flush=True)
-                if name == "raylign":
-                    import ray
-
-                    ray.shutdown()
         for clients in options.clients:
             ratio = np.mean(rates["raylign", clients]) / np.mean(rates["vllm serve", clients])
             print(f"\n{clients} clients: {100 * ratio:.0f} % of bare vLLM's requests/s")

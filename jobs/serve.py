@@ -28,7 +28,7 @@ from serve.settings import ServeSettings
 from serve.versions import REVISION_DIGITS, Registry, RegistryFile, Said, Version, weights_digest
 
 WATCH_S = 1.0
-CONFIG_HELP = "YAML file with the fields below, or with all those of `raylign serve`"
+CONFIG_HELP = "YAML file with fields of `raylign serve`"
 DOOR_TIMEOUT_S = 60.0
 ANNOUNCE_TIMEOUT_S = 1800.0
 
@@ -89,7 +89,8 @@ def serve(settings: ServeSettings, file: RegistryFile) -> int:
     connect(settings.cluster)
     check_room(roles(settings, registry))
     print("starting the engines; this takes about a minute on a CPU", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _give_up)
     with running_app(settings, registry, [placeholder] if placeholder else []) as endpoint:
         check_door(settings)
         stop = threading.Event()
@@ -100,8 +101,13 @@ def serve(settings: ServeSettings, file: RegistryFile) -> int:
             print(f"page: {address(settings)}/", flush=True)
         print(f"serving {names} at {address(settings)}/v1 until Ctrl-C", flush=True)
         follow(file, endpoint, registry, stop)
-        print("stopping", flush=True)
+        print("stopping; this takes some seconds", flush=True)
     return 130
+
+
+def _give_up(*_: Any) -> None:
+    print("stopping; this takes some seconds", flush=True)
+    raise KeyboardInterrupt
 
 
 def follow(file: RegistryFile, endpoint: Endpoint, registry: Registry, stop: threading.Event) -> None:

@@ -1,9 +1,10 @@
 """The serving application: a gateway and its engines on Ray Serve, deployed once and changed while they answer."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -262,7 +263,8 @@ def card(name: str, version: Version, registry: Registry) -> dict[str, Any]:
 
 @contextmanager
 def running_app(settings: ServeSettings, registry: Registry, placeholders: list[str]) -> Iterator[Endpoint]:
-    """Deploy the application on a running Ray cluster; inside the block it answers, after it is gone.
+    """Deploy the application on the Ray cluster that is connected; inside the block it answers. After it the
+    application is gone, and so is the connection.
 
     Raises:
         ClusterError: it did not come up, or the cluster serves something already.
@@ -296,7 +298,10 @@ def running_app(settings: ServeSettings, registry: Registry, placeholders: list[
             raise ClusterError(f"serving could not start: {fault}")
         yield endpoint
     finally:
-        serve.shutdown()
+        # Ray prints the end of its own actors as a fault, perhaps only after it: so the connection ends here too.
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            serve.shutdown()
+            ray.shutdown()
 
 
 def _wait_until_running() -> None:

@@ -67,7 +67,7 @@ def serving(*arguments: str) -> Iterator[None]:
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert output.splitlines()[-1] == "stopping", output
+    assert output.splitlines()[-1] == "stopping; this takes some seconds", output
 
 
 @pytest.fixture(scope="package")
