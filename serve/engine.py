@@ -46,6 +46,7 @@ class Engine(LLMServer):
         assert self.engine is not None
         self._app: Any = await self.engine.build_asgi_app()
         self._app.add_exception_handler(RequestValidationError, _refuse)
+        self._app.middleware_stack = None  # vLLM has built it already; Starlette does so again with the handler
         self._models = self._app.state.openai_serving_models
         self._swap = SwapLock()
         self._own: Version | None = None
