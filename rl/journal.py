@@ -23,6 +23,7 @@ class Journal:
         self._store = store
         self._events: list[dict[str, Any]] = []
         self._new = asyncio.Event()
+        self._closed = False
         self._began = time.perf_counter()
         self._pending: dict[str, float] = {}
         self._tensorboard = _tensorboard(store)
@@ -102,9 +103,14 @@ class Journal:
         """Something a person should know at once."""
         self._emit("warning", {"text": text})
 
+    def close(self) -> None:
+        """Nothing more will happen, so nobody need wait for it."""
+        self._closed = True
+        self._new.set()
+
     async def wait(self, after: int) -> list[dict[str, Any]]:
         """Events with a number above `after`; waits up to `WATCH_S` for one."""
-        if len(self._events) <= after:
+        if len(self._events) <= after and not self._closed:
             self._new.clear()
             try:
                 await asyncio.wait_for(self._new.wait(), WATCH_S)

@@ -262,6 +262,7 @@ class SamplingHalf:
             raise self._broken
         if self.parts.needs_engines and self.journal.last_evaluated != self.rollouts.version:
             await self.evaluate(self.rollouts.version)
+        self.journal.close()
         return {
             "version": self.version,
             "startup": self.journal.startup,

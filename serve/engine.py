@@ -25,10 +25,15 @@ LONGEST_PAUSE_S = 0.1
 logger = logging.getLogger(__name__)
 
 
-class OneProcessEngine(VLLMEngine):
-    """On a CPU, Ray gives even a single worker a process of its own, and the engine's process spins on a processor
-    while it waits for it. vLLM would have it so for the sake of OpenMP's settings, but `cpu_engine_variables` makes
-    them for the whole process."""
+class LocalEngine(VLLMEngine):
+    """Without processes that are of no use here: one that would download the model, which is a folder already; and on a
+    CPU one for the only worker. The engine's process spins on a processor while it waits for that. vLLM would have it
+    so for the sake of OpenMP's settings, but `cpu_engine_variables` makes them for the whole process."""
+
+    async def start(self) -> None:
+        """Start the engine; called once."""
+        self.llm_config.get_or_create_callback().ctx.run_init_node = False
+        await super().start()
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
         parallel = vllm_engine_config.parallel_config
@@ -42,7 +47,7 @@ class Engine(LLMServer):
     versions change by `reconfigure` while it answers."""
 
     async def __init__(self, llm_config: Any):  # type: ignore[misc]  # as Serve allows
-        await super().__init__(llm_config, engine_cls=OneProcessEngine)
+        await super().__init__(llm_config, engine_cls=LocalEngine)
         assert self.engine is not None
         self._app: Any = await self.engine.build_asgi_app()
         self._app.add_exception_handler(RequestValidationError, _refuse)
