@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from jobs.cli import job_parser, run
-from jobs.serve import CONFIG_HELP, serve_settings
+from jobs.serve import serve_settings
 from serve.keys import KeyFile
 from serve.settings import FolderSettings
 
@@ -25,10 +25,9 @@ def main(arguments: Sequence[str]) -> int:
         one = actions.add_parser(action, help=text, description=f"{text.capitalize()}.")
         if action != "list":
             one.add_argument("name", help="whose key it is")
-        one.add_argument("overrides", nargs="*", metavar="key=value", help="dir=…, the serving folder")
-        one.add_argument("--config", help=CONFIG_HELP)
+        one.add_argument("overrides", nargs="*", metavar="dir=…", help="the serving folder")
     options = parser.parse_args(arguments)
-    keys = KeyFile(serve_settings(options.config, options.overrides).dir)
+    keys = KeyFile(serve_settings(None, options.overrides).dir)
     if options.action == "add":
         print(keys.add(options.name))
         print("keep it: only its hash is stored", file=sys.stderr)

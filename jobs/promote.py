@@ -51,9 +51,9 @@ def main(arguments: Sequence[str]) -> int:
                 file.log("refused", **told)
                 raise DataError(
                     f"{version.name} is not promoted: against {before.aligned.name}, {'; '.join(verdict.faults)}; "
-                    f"--force promotes it all the same"
+                    f"--force overrides the gate"
                 )
-            forced = "" if verdict.passed else "; --force promotes it all the same"
+            forced = "" if verdict.passed else "; --force overrides it"
             print(f"{verdict}, against {before.aligned.name}{forced}")
             if options.canary:
                 wanted = replace(changed, candidate=Candidate(version.name, options.canary))

@@ -7,12 +7,11 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cluster.connect import check_room, connect
 from cluster.errors import ClusterError, ConfigError, DataError, first_line
@@ -34,7 +33,7 @@ ANNOUNCE_TIMEOUT_S = 1800.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse the command line and serve until Ctrl-C; returns the exit code."""
+    """Parse the command line and serve until Ctrl-C."""
     parser = job_parser(
         "serve", "Serve runs to OpenAI clients and on a page, until Ctrl-C. Each run is a version; the first one "
         "becomes `aligned` if nothing is yet, and `raylign promote` and `raylign rollback` change that meanwhile.",
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     for folder in options.runs:
         check_run(run_address(folder))
     if not options.runs:
-        registry.read()
+        registry.read()  # where nothing can be served nothing is left behind
     with registry.served():
         with registry.locked():
             for folder in options.runs:
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
                     changed = changed.promote(version.name)
                 if changed != stored:
                     registry.write(changed, "registered", run=folder)
-        return serve(settings, registry)
+        serve(settings, registry)
 
 
 def parse(parser: Any, arguments: Sequence[str]) -> tuple[Any, ServeSettings]:
@@ -76,7 +75,7 @@ def serve_settings(config: str | None, overrides: Sequence[str]) -> ServeSetting
     return settings.model_copy(update={"dir": run_address(settings.dir)})
 
 
-def serve(settings: ServeSettings, file: RegistryFile) -> int:
+def serve(settings: ServeSettings, file: RegistryFile) -> NoReturn:
     """Serve what the registry wants, and follow it when it changes, until Ctrl-C."""
     registry = file.read()
     if settings.asks_for_keys and not KeyFile(settings.dir).names():
@@ -90,30 +89,29 @@ def serve(settings: ServeSettings, file: RegistryFile) -> int:
     check_room(roles(settings, registry))
     print("starting the engines; this takes about a minute on a CPU", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _give_up)
+        signal.signal(number, _stop)
     with running_app(settings, registry, [placeholder] if placeholder else []) as endpoint:
         check_door(settings)
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set() if not stop.is_set() else os._exit(130))
         names = ", ".join([BASE, "aligned", *registry.versions])
         if settings.page:
             print(f"page: {address(settings)}/", flush=True)
         print(f"serving {names} at {address(settings)}/v1 until Ctrl-C", flush=True)
-        follow(file, endpoint, registry, stop)
-        print("stopping; this takes some seconds", flush=True)
-    return 130
+        follow(file, endpoint, registry)
 
 
-def _give_up(*_: Any) -> None:
-    print("stopping; this takes some seconds", flush=True)
+def _stop(*_: Any) -> None:
+    """On the first signal everything ends as it should, on the next one at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(130))
+    print("stopping; this takes some seconds (again to abort)", flush=True)
     raise KeyboardInterrupt
 
 
-def follow(file: RegistryFile, endpoint: Endpoint, registry: Registry, stop: threading.Event) -> None:
+def follow(file: RegistryFile, endpoint: Endpoint, registry: Registry) -> NoReturn:
     """Apply each change of the registry, and say beside it which one is in force."""
     file.say(Said(registry.serial, ""))
-    while not stop.wait(WATCH_S):
+    while True:
+        time.sleep(WATCH_S)
         if (found := file.read()).serial != registry.serial:
             registry = found
             fault = endpoint.apply(registry)

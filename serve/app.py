@@ -81,6 +81,7 @@ def engine_config(name: str, args: dict[str, Any]) -> dict[str, Any]:
             # vLLM rewinds the generator of a seeded request whose prompt was cut; a CPU generator cannot.
             "enable_chunked_prefill": not on_cpu,
             "disable_log_stats": True,
+            "log_error_stack": True,  # clients are not told what went wrong inside
         },
         "deployment_config": {
             "num_replicas": settings.replicas,
@@ -281,7 +282,6 @@ def running_app(settings: ServeSettings, registry: Registry, placeholders: list[
             "it with `serve shutdown`, or leave cluster.address out to serve on a cluster of your own"
         )
     quiet = {"log_level": "ERROR", "enable_access_log": False}  # the gateway has an access log of its own
-    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
     args = {
         "settings": settings.model_dump(mode="json"),
         "engines": engine_names(settings, registry),
@@ -293,6 +293,7 @@ def running_app(settings: ServeSettings, registry: Registry, placeholders: list[
         "placeholders": placeholders,
     }
     try:
+        serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
         endpoint = Endpoint(settings, args)
         if fault := endpoint.apply(registry):
             raise ClusterError(f"serving could not start: {fault}")
@@ -300,8 +301,10 @@ def running_app(settings: ServeSettings, registry: Registry, placeholders: list[
     finally:
         # Ray prints the end of its own actors as a fault, perhaps only after it: so the connection ends here too.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            serve.shutdown()
-            ray.shutdown()
+            try:
+                serve.shutdown()
+            finally:
+                ray.shutdown()
 
 
 def _wait_until_running() -> None:

@@ -39,6 +39,8 @@ RETRY_AFTER_S = 2
 BODY_TIMEOUT_S = 60.0
 ALIGNED = "aligned"
 EVENTS = "text/event-stream"
+ERROR_EVENT = b'data: {"error"'
+"""In a stream of the engine; no text of an answer can look like it, for quotes within one are escaped."""
 CLIENT_GONE = 499
 LOG_BYTES, LOG_FILES = 20 * 2**20, 5
 REMEMBER = "x-raylign-remember"
@@ -342,9 +344,13 @@ class Gateway:
                             if not begun:
                                 begun = True
                                 yield head
-                            yield message
+                            told, failed, fault = message.partition(ERROR_EVENT)
+                            if told:
+                                yield told
+                            if failed:
+                                raise self._refused(target, 500, b'{"error"' + fault.partition(b"\n")[0])
                     if head is not None and head.status >= 400:
-                        raise from_engine(head.status, bytes(whole))
+                        raise self._refused(target, head.status, bytes(whole))
                     if not begun and head is not None:
                         yield head
                         yield bytes(whole)
@@ -361,6 +367,13 @@ class Gateway:
                     raise ApiError(500, "the engine failed; its log says why", "engine_error") from error
         finally:
             self._count(target.engine, -asked.choices)
+
+    @staticmethod
+    def _refused(target: Target, status: int, body: bytes) -> ApiError:
+        """What to say of an error that the engine answered with."""
+        if status >= 500:
+            logger.error("%s answered %d: %s", target.engine, status, body.decode(errors="replace"))
+        return from_engine(status, body)
 
     def _count(self, engine: str, answers: int) -> None:
         self._writing[engine] += answers

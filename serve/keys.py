@@ -33,10 +33,10 @@ class KeyFile:
         """Make a key and return it; it is kept nowhere.
 
         Raises:
-            DataError: the name is blank, or there is a key of that name.
+            DataError: the name is blank or looks like a setting, or there is a key of that name.
         """
-        if not name.strip():
-            raise DataError("a key needs a name: raylign keys add NAME")
+        if not name.strip() or "=" in name:
+            raise DataError("a key needs a name, without `=`: raylign keys add NAME")
         key = PREFIX + secrets.token_urlsafe(32)
         with self._locked():
             keys = self._read()

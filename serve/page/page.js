@@ -4,13 +4,15 @@ const byId = (id) => document.getElementById(id);
 const log = byId("log"), text = byId("text"), composer = byId("composer"), statusLine = byId("status");
 const MAX_BYTES = 20 * 2 ** 20;
 const KINDS = byId("file").accept.split(",");
-const HEALTH_EVERY_MS = 2000;
+const HEALTH_EVERY_MS = 2000, START_MS = 15 * 60_000;
 
 let models = {};          // by id, as /v1/models gives them
 let pictures = [];        // data URLs to send with the next question
 let history = [];         // messages of the conversation so far, each content a list of parts
 let kept = null;          // the answer with which the conversation goes on
 let running = null;       // AbortController while answers are written
+let adding = Promise.resolve();  // until the pictures that were given last are there
+let loads = 0;            // how often the models were asked for
 
 function say(message, isError = false) {
   statusLine.textContent = message;
@@ -31,6 +33,7 @@ async function errorOf(response) {
 }
 
 async function loadModels() {
+  const load = ++loads;
   const response = await fetch("v1/models", { headers: headers() });
   if (response.status === 401) {
     byId("settings").open = true;
@@ -46,15 +49,20 @@ async function loadModels() {
     select.value = models[before] ? before : preferred;
   }
   byId("max-tokens").max = models.base.max_model_len;
-  await untilStarted();
-  say("");
+  const deadline = performance.now() + START_MS;
+  let starting = await isStarting();
+  say(starting ? "The engines are still starting; this takes a minute or so." : "");
+  while (starting) {
+    if (performance.now() > deadline) throw new Error("The engines did not start; the server says why.");
+    await new Promise((resolve) => setTimeout(resolve, HEALTH_EVERY_MS));
+    if (load !== loads) return;  // asked again meanwhile
+    starting = await isStarting();
+    if (!starting) say("");
+  }
 }
 
-async function untilStarted() {
-  while ((await fetch("health")).status === 503) {
-    say("The engines are still starting; this takes a minute or so.");
-    await new Promise((resolve) => setTimeout(resolve, HEALTH_EVERY_MS));
-  }
+async function isStarting() {
+  return (await fetch("health")).status === 503;
 }
 
 // Pictures: chosen, dropped or pasted.
@@ -66,7 +74,13 @@ function room() {
   return most - sent - pictures.length;
 }
 
-async function addPictures(files) {
+function addPictures(files) {
+  const given = [...files];
+  adding = adding.then(() => addEach(given)).catch((error) => say(error.message, true));
+  return adding;
+}
+
+async function addEach(files) {
   for (const file of files) {
     if (!KINDS.includes(file.type)) {
       say(`${file.name} is not a PNG, JPEG, WebP, GIF or BMP picture.`, true);
@@ -122,6 +136,7 @@ function clone(id) {
 }
 
 async function ask() {
+  await adding;
   const question = text.value.trim();
   if (running) return;
   if (!question) {

@@ -22,6 +22,7 @@ from rl.types import Pair
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 RUN_LIMIT_S = 400
+HEAD_TRIES = 3
 
 SMALL: dict[str, Any] = {
     "loop": {"steps": 3, "prompts_per_step": 16, "eval_every": 3, "checkpoint_every": 2},
@@ -122,33 +123,37 @@ def interrupt(process: "subprocess.Popen[str]", limit: float = RUN_LIMIT_S) -> O
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One head node with its job server on loopback, for all tests of the session."""
-    port, dashboard = free_port(), free_port()
-    ray = str(BIN / "ray")
-    command = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--object-store-memory=1000000000"]
-    command += ["--include-dashboard=true", "--block"]
-    with open("/dev/null", "w") as nowhere:
-        at_once = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # of 30 s
-        head = subprocess.Popen(command, env=environment() | at_once, stdout=nowhere, stderr=nowhere)
-    try:
-        wait_for_port(port)
-        wait_for_port(dashboard)
-        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
-    finally:
-        head.send_signal(signal.SIGTERM)
-        head.wait(timeout=60)
+    log = tmp_path_factory.mktemp("head") / "log.txt"
+    for _ in range(HEAD_TRIES):  # a port that was free may be another's by the time that Ray takes it
+        port, dashboard = free_port(), free_port()
+        ray = str(BIN / "ray")
+        command = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4"]
+        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--object-store-memory=1000000000"]
+        command += ["--include-dashboard=true", "--block"]
+        with log.open("a") as file:
+            at_once = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # of 30 s
+            head = subprocess.Popen(command, env=environment() | at_once, stdout=file, stderr=file)
+        try:
+            if listens(port, head) and listens(dashboard, head):
+                yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
+                return
+        finally:
+            head.send_signal(signal.SIGTERM)
+            head.wait(timeout=60)
+    pytest.fail(f"no head node could be started:\n{log.read_text()}")
 
 
-def wait_for_port(port: int, limit: float = 120) -> None:
+def listens(port: int, process: "subprocess.Popen[bytes]", limit: float = 120) -> bool:
+    """Wait until a process listens on a port; whether it does."""
     deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+                return True
         time.sleep(0.2)
-    raise TimeoutError(f"nothing listens on port {port}")
+    return False
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import re
+import signal
 import threading
 import time
 from collections import Counter
@@ -19,8 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import Cluster, free_port
-from tests.e2e.serving.conftest import ASKED, PICTURE, SEEN, URL, Server, serving
+from tests.e2e.conftest import Cluster, free_port, read_until, start
+from tests.e2e.serving.conftest import ASKED, PICTURE, SEEN, STOPPED, URL, Server, serving
 
 RUNNING, WAITING, LIMIT_S = 16, 800, 3
 LONG = ASKED | {"n": RUNNING, "temperature": 1, "max_tokens": 90, "ignore_eos": True}
@@ -35,6 +36,18 @@ def server(cluster: Cluster, full_run: Path, tmp_path_factory: pytest.TempPathFa
         "engine.slots=2", f"engine.max_sequences={RUNNING}", f"engine.max_waiting={WAITING}",
     ):  # fmt: skip
         yield Server(f"http://127.0.0.1:{port}", folder, key="none")
+
+
+def test_a_server_that_is_stopped_while_it_starts_leaves_nothing(
+    cluster: Cluster, full_run: Path, tmp_path: Path
+) -> None:
+    """Else the next one would find that Ray Serve runs on the cluster already."""
+    process = start("serve", str(full_run), f"dir={tmp_path}", f"cluster.address={cluster.address}")
+    read_until(process, "starting the engines")
+    time.sleep(5)  # until some of its actors are there
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert (process.returncode, output.splitlines()) == (130, STOPPED)
 
 
 def test_there_is_no_page(server: Server) -> None:

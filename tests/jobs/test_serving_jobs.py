@@ -96,7 +96,7 @@ def test_a_better_run_is_promoted_a_worse_one_is_not_unless_it_must_be(
     assert served.read() == before, "a server is not told of a refusal"
     capsys.readouterr()
     assert promote.main([str(worse), where, "--force"]) == 0
-    assert re.match(r"gate not passed: .* against two-\w+; --force promotes it all the same\n", capsys.readouterr().out)
+    assert re.match(r"gate not passed: .* against two-\w+; --force overrides it\n", capsys.readouterr().out)
     assert served.read().aligned.name.startswith("three-")
     assert rollback.main([where]) == 0
     assert served.read().aligned.name.startswith("two-")

@@ -120,6 +120,13 @@ def test_a_run_that_failed_before_its_first_pairs_is_replaced(folder: RunFolder)
     assert not folder.exists("config.yaml")
 
 
+def test_rows_keep_their_characters_and_half_ones_do_no_harm(folder: RunFolder) -> None:
+    folder.append_row("metrics.jsonl", {"reason": "größer"})
+    folder.append_row("metrics.jsonl", {"reason": "\ud83d"})
+    assert "größer" in folder.read_text("metrics.jsonl")
+    assert [row["reason"] for row in folder.rows("metrics.jsonl")] == ["größer", "\ud83d"]
+
+
 def test_a_folder_that_another_process_writes_is_left_alone(folder: RunFolder) -> None:
     """One whose writer was killed is not."""
     code = (

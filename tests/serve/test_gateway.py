@@ -119,7 +119,18 @@ def test_what_an_engine_refuses_is_said_in_openais_shape(
     answer = ask(Handle(refused), tmp_path)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["message"]) == (status, code, message)
+    assert error["param"] == (body["param"] if status < 500 else None)
+    assert error["type"] == {400: "invalid_request_error", 404: "not_found_error", 500: "server_error"}[status]
     assert logged(tmp_path) == status
+
+
+def test_an_engine_that_fails_within_a_stream_ends_it_with_our_error(tmp_path: Path) -> None:
+    fault = b'data: {"error": {"message": "secret", "type": "x", "param": null, "code": 400}}\n\ndata: [DONE]\n\n'
+    answer = ask(Handle([HEAD, PIECE + fault]), tmp_path)
+    assert answer.text.startswith(PIECE.decode())
+    assert last_event(answer)["error"]["code"] == "engine_error"
+    assert "secret" not in answer.text
+    assert logged(tmp_path) == 500
 
 
 def test_without_room_not_even_the_body_is_parsed_whatever_idle_slots_there_are(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ def test_keys_have_names_and_only_their_hashes_are_stored(tmp_path: Path) -> Non
 
 
 def test_a_key_without_a_name_is_not_made(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="needs a name"):
-        KeyFile(str(tmp_path)).add(" ")
+    for name in (" ", "dir=elsewhere"):
+        with pytest.raises(DataError, match="needs a name"):
+            KeyFile(str(tmp_path)).add(name)
 
 
 def test_another_process_takes_note_of_new_and_revoked_keys(tmp_path: Path) -> None:
