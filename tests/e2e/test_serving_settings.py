@@ -1,5 +1,5 @@
-"""`raylign serve` as it is set up otherwise: a place for a second version, pictures from a named host, prompts in the
-log, a limit on answers that some reach, and no page."""
+"""`raylign serve` as it is set up otherwise: a place for a second version, two pictures in a request, pictures from a
+named host, prompts in the log, a limit on answers that some reach, and no page."""
 
 import asyncio
 import base64
@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -18,20 +19,27 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests.e2e.conftest import Cluster, free_port, read_until, start
 from tests.e2e.serving.conftest import ASKED, PICTURE, SEEN, STOPPED, URL, Server, serving
 
 RUNNING, WAITING, LIMIT_S = 16, 800, 3
+IMAGE_TOKENS = 16
 LONG = ASKED | {"n": RUNNING, "temperature": 1, "max_tokens": 90, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def server(cluster: Cluster, full_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder, port = tmp_path_factory.mktemp("serving") / "there", free_port()
+    run = tmp_path_factory.mktemp("two") / "pictures"
+    shutil.copytree(full_run, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["rollout"]["max_images"] = 2
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     with serving(
-        "serve", str(full_run), f"dir={folder}", f"port={port}", f"cluster.address={cluster.address}",
+        "serve", str(run), f"dir={folder}", f"port={port}", f"cluster.address={cluster.address}",
         "page=false", "log_prompts=true", "images.hosts=[127.0.0.1,localhost]", f"limits.timeout_s={LIMIT_S}",
         "engine.slots=2", f"engine.max_sequences={RUNNING}", f"engine.max_waiting={WAITING}",
     ):  # fmt: skip
@@ -101,6 +109,27 @@ def test_pictures_are_fetched_from_the_hosts_that_are_named(server: Server) -> N
     for says, answer in refused.items():
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_image")
         assert says in answer.json()["error"]["message"]
+
+
+def test_several_pictures_of_one_request_are_all_seen(server: Server) -> None:
+    def ask(*colours: str) -> httpx.Response:
+        content: list[Any] = [{"type": "text", "text": "What do you see?"}]
+        for colour in colours:
+            png = io.BytesIO()
+            Image.new("RGB", (32, 32), colour).save(png, "PNG")
+            url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        return server.post(ASKED | {"messages": [{"role": "user", "content": content}], "logprobs": True})
+
+    def logps(answer: httpx.Response) -> list[float]:
+        return [one["logprob"] for one in answer.json()["choices"][0]["logprobs"]["content"]]
+
+    one, two, other, turned = ask("red"), ask("red", "blue"), ask("red", "green"), ask("blue", "red")
+    assert two.json()["usage"]["prompt_tokens"] == one.json()["usage"]["prompt_tokens"] + IMAGE_TOKENS
+    assert len({tuple(logps(answer)) for answer in (one, two, other, turned)}) == 4
+    refused = ask("red", "blue", "green")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_request")
+    assert "at most 2 images are taken in one request" in refused.json()["error"]["message"]
 
 
 def test_a_large_picture_is_taken(server: Server) -> None:
