@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     with file.locked():
         before = file.read()
         changed, version = register(before, folder)
+        if options.canary == 0 and before.candidate is None:
+            raise DataError("there is no canary to end")
         if options.canary == 0:
             file.write(replace(changed, candidate=None), "canary", version=version.name, share=0)
         elif version == before.aligned:

@@ -92,10 +92,9 @@ def serve(settings: ServeSettings, file: RegistryFile) -> NoReturn:
         signal.signal(number, _stop)
     with running_app(settings, registry, [placeholder] if placeholder else []) as endpoint:
         check_door(settings)
-        names = ", ".join([BASE, "aligned", *registry.versions])
         if settings.page:
             print(f"page: {address(settings)}/", flush=True)
-        print(f"serving {names} at {address(settings)}/v1 until Ctrl-C", flush=True)
+        print(f"serving {', '.join(endpoint.names)} at {address(settings)}/v1 until Ctrl-C", flush=True)
         follow(file, endpoint, registry)
 
 

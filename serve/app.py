@@ -11,7 +11,7 @@ from typing import Any
 from cluster.connect import ActorResources, Role, cpu_engine_variables
 from cluster.errors import ClusterError
 from serve.settings import EngineSettings, ServeSettings
-from serve.versions import Registry, Version, assign
+from serve.versions import Registry, Version, stages
 
 APP = "raylign"
 GATEWAY = "gateway"
@@ -125,7 +125,14 @@ class Endpoint:
         Returns why a version that is needed cannot be served, "" if nothing went wrong; then what was served before
         still is. Other versions that cannot be loaded are left out.
         """
-        slots = assign(registry.wanted, self._slots)
+        return next(filter(None, (self._change(registry, slots) for slots in stages(registry, self._slots))), "")
+
+    @property
+    def names(self) -> list[str]:
+        """The models that can be asked for."""
+        return list(self._table["cards"])
+
+    def _change(self, registry: Registry, slots: list[str | None]) -> str:
         fitting = [one for one in registry.wanted if 0 < one.rank <= self._args["max_rank"]]
         holds: dict[str, list[Version]] = {BASE: [registry.base, *fitting[: self._settings.engine.adapters]]}
         for number, name in enumerate(slots, start=1):

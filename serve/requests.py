@@ -76,6 +76,11 @@ def parse(body: bytes, allowed: Iterable[str], max_choices: int) -> dict[str, An
     count = fields.get("n", 1)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= max_choices:
         raise _refused(f"n must be a whole number from 1 to {max_choices}", "n")
+    stop = fields.get("stop", "")
+    if not isinstance(stop, str) and not (
+        isinstance(stop, list) and len(stop) <= 4 and all(isinstance(one, str) for one in stop)
+    ):
+        raise _refused("stop must be a text or a list of at most 4 texts", "stop")
     return fields
 
 

@@ -127,6 +127,14 @@ def assign(wanted: Sequence[Version], slots: Sequence[str | None]) -> list[str |
     return [name or next(new, None) for name in kept]
 
 
+def stages(registry: Registry, slots: Sequence[str | None]) -> list[list[str | None]]:
+    """What the slots are to hold, one change after the other: first only what must be served, for names may still lead
+    to a slot whose version is let go, and that must not get a third one meanwhile; then all there is room for."""
+    last = assign(registry.wanted, slots)
+    first = [name if name in registry.needed else before for name, before in zip(last, slots, strict=True)]
+    return [last] if first == last else [first, last]
+
+
 class RegistryFile:
     """registry.json in the serving folder, and the log of what was decided beside it."""
 

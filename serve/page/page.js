@@ -131,6 +131,11 @@ function showThumbnails() {
 
 // One turn.
 
+// The place of who uses the keyboard must not be lost; on a phone it would only bring up its own.
+function focusText() {
+  if (!matchMedia("(pointer: coarse)").matches) text.focus();
+}
+
 function clone(id) {
   return byId(id).content.firstElementChild.cloneNode(true);
 }
@@ -177,6 +182,7 @@ function compose(question, withPictures) {
 
 async function answer(turn, messages) {
   running = new AbortController();
+  focusText();
   byId("send").hidden = true;
   byId("stop").hidden = false;
   say("Both models are answering.");
@@ -192,6 +198,7 @@ async function answer(turn, messages) {
   turn.scrollIntoView({ block: "end" });
   await Promise.all(sides.map((side) => stream(side, messages, running.signal)));
   running = null;
+  if (document.activeElement === byId("stop")) focusText();
   byId("send").hidden = false;
   byId("stop").hidden = true;
   if (!turn.isConnected) return true;  // a new conversation was begun meanwhile
@@ -290,9 +297,9 @@ function offerVotes(turn, sides) {
   const votes = turn.querySelector(".votes");
   votes.disabled = false;
   for (const button of votes.querySelectorAll("button")) {
-    button.onclick = async (event) => {
+    button.onclick = async () => {
       votes.disabled = true;
-      if (event.detail === 0) text.focus();  // by the keyboard, whose place must not be lost
+      focusText();
       const body = JSON.stringify({ first: sides[0].id, second: sides[1].id, choice: button.value });
       const response = await fetch("v1/preferences", {
         method: "POST", headers: headers({ "Content-Type": "application/json" }), body,

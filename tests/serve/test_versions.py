@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.errors import DataError
-from serve.versions import Candidate, Registry, RegistryFile, Version, assign, weights_digest
+from serve.versions import Candidate, Registry, RegistryFile, Version, assign, stages, weights_digest
 
 
 def whole(name: str) -> Version:
@@ -62,6 +62,14 @@ def test_what_is_in_a_slot_stays_there_and_the_least_wanted_makes_room(
     wanted: list[str], slots: list[str | None], held: list[str | None]
 ) -> None:
     assert assign([whole(name) for name in wanted], slots) == held
+
+
+def test_a_slot_that_names_still_lead_to_does_not_get_a_third_version() -> None:
+    twice = registry("a", "b", "c", promoted=("a", "b", "c"))
+    assert stages(twice.roll_back(), ["b", "c"]) == [["b", "c"], ["b", "a"]]
+    assert stages(twice, ["a", "b"]) == [["c", "b"]], "what was two before makes room"
+    assert stages(twice, ["b"]) == [["c"]], "a single slot is loaded in place"
+    assert stages(twice, [None, None]) == [["c", None], ["c", "b"]]
 
 
 def test_adapters_take_no_slot() -> None:

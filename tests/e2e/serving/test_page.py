@@ -171,6 +171,7 @@ def test_an_answer_can_be_stopped_and_a_hidden_side_is_shown_after_the_choice(pa
     page.keyboard.press("Enter")
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Send").wait_for()
+    assert page.evaluate("document.activeElement.id") == "text"
     assert page.locator(".turn").last.locator(".answer[aria-busy=true]").count() == 0
 
 
