@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.cli import job_parser, run
-from jobs.serve import CONFIG_HELP, announce, serve_settings
+from jobs.serve import announce, parse
 from serve.settings import FolderSettings
 from serve.versions import RegistryFile
 
@@ -15,12 +15,10 @@ def main(arguments: Sequence[str]) -> int:
         "rollback", "Put the version behind the name `aligned` that was there before: here, and in a running server.",
         FolderSettings, positional=False,
     )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config below")
-    parser.add_argument("--config", help=CONFIG_HELP)
-    options = parser.parse_intermixed_args(arguments)
-    if any("=" not in one for one in options.overrides):
+    options, settings = parse(parser, arguments, takes="key=value")
+    if options.runs:
         parser.error("rollback takes no run: it goes back by one version")
-    file = RegistryFile(serve_settings(options.config, options.overrides).dir)
+    file = RegistryFile(settings.dir)
     file.read()  # where nothing is served nothing is left behind
     with file.locked():
         before = file.read()

@@ -27,7 +27,6 @@ from serve.settings import ServeSettings
 from serve.versions import REVISION_DIGITS, Registry, RegistryFile, Said, Version, weights_digest
 
 WATCH_S = 1.0
-CONFIG_HELP = "YAML file with fields of `raylign serve`"
 DOOR_TIMEOUT_S = 60.0
 ANNOUNCE_TIMEOUT_S = 1800.0
 
@@ -57,12 +56,10 @@ def main(arguments: Sequence[str]) -> int:
         serve(settings, registry)
 
 
-def parse(parser: Any, arguments: Sequence[str]) -> tuple[Any, ServeSettings]:
-    """Options and settings of a command that takes runs and overrides of the serving config."""
-    parser.add_argument(
-        "runs", nargs="*", metavar="RUN | key=value", help="run folders, and fields of the config below"
-    )
-    parser.add_argument("--config", help=CONFIG_HELP)
+def parse(parser: Any, arguments: Sequence[str], takes: str = "RUN | key=value") -> tuple[Any, ServeSettings]:
+    """Options and settings of a command that `takes` runs, overrides of the serving config, or both."""
+    parser.add_argument("runs", nargs="*", metavar=takes, help="the keys are fields of the config below")
+    parser.add_argument("--config", help="YAML file with fields of `raylign serve`")
     options = parser.parse_intermixed_args(arguments)
     overrides = [one for one in options.runs if "=" in one]
     options.runs = [one for one in options.runs if "=" not in one]
