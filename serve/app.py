@@ -125,7 +125,10 @@ class Endpoint:
         Returns why a version that is needed cannot be served, "" if nothing went wrong; then what was served before
         still is. Other versions that cannot be loaded are left out.
         """
-        return next(filter(None, (self._change(registry, slots) for slots in stages(registry, self._slots))), "")
+        for slots in stages(registry, self._slots):
+            if fault := self._change(registry, slots):
+                return fault
+        return ""
 
     @property
     def names(self) -> list[str]:
@@ -133,6 +136,7 @@ class Endpoint:
         return list(self._table["cards"])
 
     def _change(self, registry: Registry, slots: list[str | None]) -> str:
+        """Serve with these versions in the slots; returns as `apply` does."""
         fitting = [one for one in registry.wanted if 0 < one.rank <= self._args["max_rank"]]
         holds: dict[str, list[Version]] = {BASE: [registry.base, *fitting[: self._settings.engine.adapters]]}
         for number, name in enumerate(slots, start=1):

@@ -149,9 +149,10 @@ async function ask() {
     text.focus();
     return;
   }
-  if (!byId("max-tokens").checkValidity() || !byId("temperature").checkValidity()) {
+  const wrong = byId("settings").querySelector("input:invalid");
+  if (wrong) {
     byId("settings").open = true;
-    byId("settings").querySelector("input:invalid").reportValidity();
+    wrong.reportValidity();
     return;
   }
   if (kept) history.push({ role: "assistant", content: [{ type: "text", text: kept }] });
